@@ -1,0 +1,60 @@
+# One command each. Variables: PYTHON (3.11 or newer), VENV, OUT, WORKERS; for instance
+#   make test PYTHON=python3.12 VENV=.venv-3.12
+PYTHON  ?= python3
+VENV    ?= .venv
+OUT     ?= out/demo
+WORKERS ?= 2
+
+BIN      = $(VENV)/bin
+PIP      = $(BIN)/python -m pip install -q
+PACKAGE  = $(VENV)/.installed
+TESTING  = $(VENV)/.installed-test
+LINTING  = $(VENV)/.installed-lint
+
+.PHONY: demo test lint notebooks clean help
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       create $(VENV), install, run the main job on the bundled digits into $(OUT)"
+	@echo "make test       the same, then the test suite"
+	@echo "make lint       ruff and mypy"
+	@echo "make notebooks  execute the notebooks again and keep their outputs"
+	@echo "make clean      remove $(VENV), out/ and caches"
+
+demo: $(PACKAGE)
+	$(BIN)/pyro-ebm debias --data digits --out $(OUT)
+
+test: $(TESTING) demo
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(LINTING)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+notebooks: $(TESTING)
+	$(BIN)/python tests/test_notebooks.py notebooks/*.ipynb
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "pyro_ebm needs Python 3.11 or newer; '$(PYTHON)' is not (it is: $$($(PYTHON) --version 2>&1 | head -n 1))."; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv."; exit 1; }
+
+# Stamps: an editable install is repeated only when pyproject.toml has changed.
+$(PACKAGE): pyproject.toml | $(BIN)/python
+	@echo "installing pyro-ebm into $(VENV) (torch is large: minutes on a first run)"
+	@$(PIP) -e .
+	@touch $@
+
+$(TESTING): pyproject.toml $(PACKAGE)
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(LINTING): pyproject.toml $(PACKAGE)
+	@$(PIP) -e '.[lint]'
+	@touch $@
