@@ -1,0 +1,74 @@
+"""Tilt any site of any Pyro model with a learned energy, train the tilt, sample it, compare samplers.
+
+Every public name is importable from here; modules load when a name of theirs is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "errors": ["CheckpointError", "InferenceError", "InferenceWarning", "TrainingWarning"],
+    "energies": [
+        "ConvEnergy",
+        "Energy",
+        "LinearEnergy",
+        "MLPEnergy",
+        "QuadraticEnergy",
+        "gaussian_log_normalizer",
+    ],
+    "normalizers": ["Normalizer", "log_normalizer"],
+    "tilts": ["TiltedModel", "tilt"],
+    "tilted_distribution": ["TiltedDistribution"],
+    "networks": ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder"],
+    "models.vae": ["VAE"],
+    "objectives.likelihood": ["TiltELBO", "TiltLikelihood"],
+    "training": ["FitResult", "fit", "load_weights", "save_weights"],
+    "inference.draws": ["Draws", "Estimate"],
+    "inference.log_density": ["LogDensity"],
+    "inference.importance": ["importance", "log_likelihood", "posterior_draws"],
+    "inference.hmc": ["hmc", "nuts"],
+    "inference.predictive": ["predictive"],
+    "inference.quadrature": ["quadrature"],
+    "inference.sample": ["sample"],
+    "tilt_fit": ["fit_tilt"],
+    "diagnostics.arviz_bridge": ["load_arviz", "save_arviz", "to_arviz"],
+    "diagnostics.compare": ["compare"],
+    "diagnostics.balance": [
+        "ClassBalance",
+        "LabelClassifier",
+        "class_balance",
+        "fairness_discrepancy",
+        "total_variation",
+    ],
+    "datasets.digits": ["digits"],
+    "datasets.images": ["ImageSet", "fashion_mnist", "kmnist", "mnist"],
+    "datasets.splits": ["BiasedSplit", "biased_split"],
+    "plots": [
+        "plot_class_balance",
+        "plot_comparison",
+        "plot_energy_landscape",
+        "plot_images",
+        "plot_label_histograms",
+        "plot_latent_overlay",
+        "plot_latent_scatter",
+        "plot_training_curves",
+    ],
+    "recipes.debias": ["DebiasConfig", "DebiasResult", "debias"],
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

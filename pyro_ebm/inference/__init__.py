@@ -1,0 +1,1 @@
+"""Samplers and exact references; every one returns :class:`~pyro_ebm.inference.draws.Draws`."""
