@@ -1,0 +1,1 @@
+"""Model and guide pairs: ordinary Pyro programs, usable without the rest of the library."""

@@ -1,0 +1,106 @@
+"""Training data as minibatches: checked once, split once, in an order of their own."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Tensors", "batches", "checked_data", "checked_validation", "checksum", "split_data"]
+
+Tensors = tuple[Tensor, ...]
+
+
+def checked_data(name: str, data: Any) -> Tensors:
+    """The data as a tuple of tensors with one first dimension and finite values."""
+    if isinstance(data, Tensor):
+        tensors: Tensors = (data,)
+    elif isinstance(data, tuple | list) and data and all(isinstance(item, Tensor) for item in data):
+        tensors = tuple(data)
+    else:
+        kinds = [type(item).__name__ for item in (data if isinstance(data, tuple | list) else [data])]
+        raise TypeError(
+            f"{name} must be a tensor or a tuple of tensors, got {', '.join(kinds) or 'an empty tuple'}; "
+            "convert with torch.as_tensor"
+        )
+    lengths = [t.shape[0] if t.ndim else None for t in tensors]
+    if len(set(lengths)) > 1 or None in lengths or 0 in lengths:
+        raise ValueError(
+            f"{name} must hold tensors with the same first dimension, at least 1, "
+            f"got shapes {[tuple(t.shape) for t in tensors]}"
+        )
+    for index, tensor in enumerate(tensors):
+        bad = 0 if tensor.isfinite().all() else int((~tensor.isfinite()).sum())
+        if bad:
+            which = name if len(tensors) == 1 else f"{name}[{index}]"
+            raise ValueError(
+                f"{which} must be finite, got {bad} NaN or infinite values of {tensor.numel()}; "
+                "remove these rows, or fill them in and pass a mask as a further tensor"
+            )
+    return tensors
+
+
+def checked_validation(validation: Any, data: Tensors) -> float | Tensors:
+    """A share of the data in [0, 1), or validation data with the shapes of the training data."""
+    if validation is None:
+        return 0.0
+    if isinstance(validation, int | float):
+        if isinstance(validation, bool) or not 0 <= validation < 1:
+            raise ValueError(
+                f"validation must be a share of the data in [0, 1), data, or None, got {validation!r}"
+            )
+        num, held_apart = data[0].shape[0], _num_held_apart(validation, data)
+        if held_apart >= num:
+            raise ValueError(f"validation={validation!r} leaves none of {num} data to train on; pass None")
+        return float(validation)
+    tensors = checked_data("validation", validation)
+    if [t.shape[1:] for t in tensors] != [t.shape[1:] for t in data]:
+        raise ValueError(
+            "validation must have the form of data, got shapes "
+            f"{[tuple(t.shape) for t in tensors]} beside {[tuple(t.shape) for t in data]}"
+        )
+    return tensors
+
+
+def split_data(data: Tensors, validation: float | Tensors, seed: int) -> tuple[Tensors, Tensors | None]:
+    """Data to train on, and data to validate on or None."""
+    if isinstance(validation, tuple):
+        return data, validation
+    held_apart = _num_held_apart(validation, data)
+    if held_apart == 0:
+        return data, None
+    order = torch.randperm(data[0].shape[0], generator=torch.Generator().manual_seed(seed))
+    return _take(data, order[held_apart:]), _take(data, order[:held_apart])
+
+
+def batches(data: Tensors, size: int, device: torch.device, order: Tensor | None = None) -> Iterator[Tensors]:
+    """Minibatches on a device, in the given order or as they lie."""
+    if order is None:
+        parts = zip(*(tensor.split(size) for tensor in data), strict=True)
+        yield from (tuple(part.to(device) for part in batch) for batch in parts)
+        return
+    orders = [order.to(tensor.device).split(size) for tensor in data]
+    for indices in zip(*orders, strict=True):
+        yield tuple(t.index_select(0, i).to(device) for t, i in zip(data, indices, strict=True))
+
+
+def checksum(data: Tensors | None) -> int:
+    """The same number for the same bits, on any machine."""
+    crc = 0
+    for tensor in data or ():
+        flat = tensor.detach().cpu().contiguous().flatten()
+        crc = zlib.crc32(repr((tensor.dtype, tuple(tensor.shape))).encode(), crc)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def _num_held_apart(share: float, data: Tensors) -> int:
+    # A share above zero holds something apart even of few data.
+    return max(1, round(share * data[0].shape[0])) if share > 0 else 0
+
+
+def _take(data: Tensors, index: Tensor) -> Tensors:
+    return tuple(tensor.index_select(0, index.to(tensor.device)) for tensor in data)
