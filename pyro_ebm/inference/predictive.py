@@ -1,0 +1,172 @@
+"""Draw every site of a (tilted) model: prior and posterior predictive draws that respect the tilt."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_ebm.errors import InferenceWarning
+from pyro_ebm.inference.draws import Draws
+from pyro_ebm.normalizers import checked_energy
+from pyro_ebm.parameters import evaluation_mode, random_stream
+from pyro_ebm.statistics import psis
+from pyro_ebm.structure import event_dim_of, plate_depth, prototype_trace, unconditioned
+from pyro_ebm.tilts import TiltedModel
+
+__all__ = ["predictive"]
+
+_OVERSAMPLING = 16
+_MIN_POOL = 2048  # resampling a small pool would follow the untilted model
+
+
+def predictive(
+    model: Callable[..., Any],
+    *args: Any,
+    draws: Draws | None = None,
+    num_samples: int = 1000,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Draw all sites of a model, observed ones included; factors are respected, not ignored.
+
+    (``pyro.infer.Predictive`` runs a tilted model as if it had no tilt.) Without ``draws``: the joint
+    prior predictive, by resampling forward runs with weights ``exp(-E)``. With ``draws``: latent
+    values are resampled from them (weights included) and the remaining sites are drawn given those.
+
+    Args:
+        model: a Pyro model that broadcasts over an outer plate; tilted or not.
+        *args: its arguments; observed values among them are redrawn.
+        draws: posterior draws of its latent sites.
+        num_samples: how many.
+        seed: a number for the same draws twice; ``None`` uses the global generator.
+        **kwargs: the model's keyword arguments.
+
+    Returns:
+        site -> tensor (num_samples, *site_shape).
+
+    Raises:
+        ValueError: where a tilted site is not among ``draws`` (given the others its law is not the model's);
+            where ``draws`` do not fit the model; where, without ``draws``, the model has factors of its own.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    base = model.base_model if isinstance(model, TiltedModel) else model
+    with random_stream(seed), evaluation_mode(model), torch.no_grad():
+        if draws is not None:
+            tilted = model.energies if isinstance(model, TiltedModel) else {}
+            missing = [site for site in tilted if site not in draws.values]
+            if missing:
+                raise ValueError(
+                    f"the tilted site(s) {missing} are not among the draws ({sorted(draws.values)}): given the "
+                    f"others they do not follow the model; draw them too, or leave draws=None"
+                )
+            return _forward(base, args, kwargs, num_samples, given=draws.resample(num_samples))
+        if isinstance(model, TiltedModel):
+            return _resampled(model, args, kwargs, num_samples)
+        return _forward(base, args, kwargs, num_samples)
+
+
+def _forward(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+    *,
+    given: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Vectorised runs of the unconditioned model, with some sites fixed."""
+    prototype = prototype_trace(unconditioned(model), args, kwargs)
+    depth = plate_depth(prototype)
+    found = {
+        name: site
+        for name, site in prototype.nodes.items()
+        if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
+    }
+    factors = [name for name, site in found.items() if type(site["fn"]).__name__ == "Unit"]
+    if factors and given is None:
+        raise ValueError(
+            f"the model has factor(s) {factors}, which running it forward cannot respect; write them as a tilt of "
+            f"the site they look at, or sample the latent sites and pass draws="
+        )
+    sites = {
+        name: (site["value"].shape, event_dim_of(site))
+        for name, site in found.items()
+        if name not in factors
+    }
+    data = {}
+    for name, value in (given or {}).items():
+        if name not in sites or value.shape[1:] != sites[name][0]:
+            expected = tuple(sites[name][0]) if name in sites else f"one of the sites {sorted(sites)}"
+            raise ValueError(
+                f"draws[{name!r}] of shape {tuple(value.shape[1:])} does not fit the model, which has {expected}; "
+                f"pass the arguments (data of the same size) that the draws were made with"
+            )
+        shape, event_dim = sites[name]
+        data[name] = value.reshape(num_samples, *[1] * (depth - len(shape) + event_dim), *shape)
+    with pyro.plate("_predictive", num_samples, dim=-depth - 1):
+        runs = poutine.condition(unconditioned(model), data=data)
+        trace = poutine.trace(runs).get_trace(*args, **kwargs)
+    result = {}
+    for name, (shape, event_dim) in sites.items():
+        lead = torch.Size([num_samples, *[1] * (depth - len(shape) + event_dim)])
+        value = trace.nodes[name]["value"]
+        if value.numel() != num_samples * shape.numel():
+            value = value.expand(lead + shape)
+        result[name] = value.reshape(num_samples, *shape)
+    return result
+
+
+def _resampled(
+    model: TiltedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_samples: int
+) -> dict[str, Tensor]:
+    """Resample forward runs with weights ``exp(-E)``; element by element where all sites share free plates."""
+    structure = model.structure(*args, **kwargs)
+    pool_size = max(_OVERSAMPLING * num_samples, _MIN_POOL)
+    pool = _forward(model.base_model, args, kwargs, pool_size)
+    plates = structure.free_plates(list(model.energies))
+    if not all(plates.items() <= structure.plates[site].items() for site in structure.order):
+        plates = {}
+    # The positions of free plates differ between sites with different event shapes: move them to the front.
+    prototype = prototype_trace(unconditioned(model.base_model), args, kwargs)
+    event_dims = {site: event_dim_of(prototype.nodes[site]) for site in structure.order}
+    axes = {site: [dim - event_dims[site] for dim in plates.values()] for site in structure.order}
+    front = {site: pool[site].movedim(axes[site], list(range(1, 1 + len(plates)))) for site in structure.order}
+    sizes = next(iter(front.values())).shape[1 : 1 + len(plates)]
+    log_weights = torch.zeros(())
+    for site, energy in model.energies.items():
+        energies = checked_energy(energy, pool[site], event_dims[site], f"site {site!r}")
+        energies = energies.movedim(list(plates.values()), list(range(1, 1 + len(plates))))
+        log_weights = log_weights - energies.reshape(pool_size, sizes.numel(), -1).sum(-1)
+    _check_weights(log_weights)
+    index = torch.multinomial(log_weights.T.softmax(-1), num_samples, replacement=True).T
+    copies = torch.arange(sizes.numel(), device=index.device)
+    result = {}
+    for site, values in front.items():
+        chosen = values.reshape(len(values), sizes.numel(), *values.shape[1 + len(plates) :])[index, copies]
+        chosen = chosen.reshape(num_samples, *values.shape[1:])
+        result[site] = chosen.movedim(list(range(1, 1 + len(plates))), axes[site])
+    return result
+
+
+def _check_weights(log_weights: Tensor) -> None:
+    peaks = log_weights.amax(0)
+    if bool(log_weights.isnan().any()) or not bool(peaks.isfinite().all()):
+        raise ValueError(
+            "predictive draws of a tilted model: the weights exp(-E) of forward runs are NaN, infinite or all zero; "
+            "the energy returns NaN, is unbounded below, or is +inf wherever the model puts its draws"
+        )
+    worst = int(log_weights.softmax(0).square().sum(0).argmax())
+    _, k = psis(log_weights[:, worst])
+    if k > 0.7:
+        warnings.warn(
+            f"predictive draws of a tilted model: the weights exp(-E) of forward runs are not reliable (Pareto k = "
+            f"{k:.2f} > 0.7); draw the tilted sites by MCMC and pass them as draws=",
+            InferenceWarning,
+            stacklevel=4,
+        )

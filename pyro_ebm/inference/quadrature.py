@@ -1,0 +1,145 @@
+"""The exact reference in one or two dimensions: a grid of weighted points."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_ebm.inference.draws import Draws, Estimate
+from pyro_ebm.inference.log_density import LogDensity
+
+__all__ = ["as_log_density", "quadrature"]
+
+_CHUNK = 8192
+_NEGLIGIBLE = 40.0  # nats below the peak: exp(-40) is far below the error of float32 sums
+_ZOOMS = 20
+_FARTHEST = 1e4
+
+
+def as_log_density(target: Any, *args: Any, **kwargs: Any) -> LogDensity:
+    """A LogDensity as it is; a distribution or a Pyro model turned into one."""
+    if isinstance(target, LogDensity):
+        return target
+    if isinstance(target, Distribution):
+        return LogDensity.from_distribution(target)
+    if callable(target):
+        return LogDensity.from_model(target, *args, **kwargs)
+    raise TypeError(f"target must be a LogDensity, a distribution or a Pyro model, got {type(target).__name__}")
+
+
+@torch.no_grad()
+def quadrature(
+    target: LogDensity | Distribution | Callable[..., Any],
+    *args: Any,
+    num_points: int | None = None,
+    radius: float = 10.0,
+    **kwargs: Any,
+) -> Draws:
+    r"""Every expectation of a 1-D or 2-D target, by the trapezoidal rule on a grid that finds its mass.
+
+    The grid lives in unconstrained space and zooms to where the density is within 40 nats of its peak; for
+    smooth densities the error of the trapezoidal rule then falls faster than any power of the spacing.
+
+    Args:
+        target: a log density, a distribution (tilted ones without log Z), or a Pyro model.
+        *args: the model's arguments.
+        num_points: grid points per axis; 2,048 in 1-D and 256 in 2-D by default.
+        radius: half-width of the first box, unconstrained units; grows while mass lies at its edge.
+        **kwargs: the model's keyword arguments.
+
+    Returns:
+        Weighted draws, ``method="quadrature"``; ``log_z`` of the unnormalised target, its ``se`` being the
+        difference to the grid with every other point.
+
+    Raises:
+        ValueError: more than two dimensions, or a density without a finite peak or with mass at infinity.
+    """
+    start = time.perf_counter()
+    density = as_log_density(target, *args, **kwargs)
+    if density.dim > 2 or density.batch:
+        raise ValueError(
+            f"quadrature needs a target of 1 or 2 dimensions, got {density.dim} with batch {tuple(density.batch)}; "
+            f"use a sampler, or compare against a long trusted run"
+        )
+    num = (2048 if density.dim == 1 else 256) if num_points is None else num_points
+    if num < 3 or not radius > 0:
+        raise ValueError(f"num_points must be at least 3 and radius positive, got {num_points} and {radius}")
+    box, evaluations = _find_mass(density, radius, 1024 if density.dim == 1 else 128)
+    points, spacing = _grid(box, num + 1 - num % 2)
+    log_prob = _evaluate(density, points)
+    _check_finite(log_prob)
+    cell = spacing.log().sum()
+    log_z = log_prob.double().logsumexp(0) + cell
+    coarse = _every_other(log_prob, num + 1 - num % 2, density.dim)
+    error = (coarse.double().logsumexp(0) + cell + density.dim * math.log(2) - log_z).abs()
+    keep = log_prob > log_prob.max() - _NEGLIGIBLE
+    log_weights = log_prob[keep].double().log_softmax(0)
+    seconds = time.perf_counter() - start
+    return Draws(
+        values={name: value[None] for name, value in density.constrain(points[keep]).items()},
+        method="quadrature",
+        stats={"lp": log_prob[keep][None]},
+        log_weights=log_weights[None].to(log_prob.dtype),
+        log_z=Estimate(float(log_z), float(error)),  # type: ignore[arg-type]
+        num_gradients=0,
+        seconds=seconds,
+        sampling_seconds=seconds,
+        notes={"grid": num, "box": box.tolist(), "evaluations": evaluations + len(points)},
+    )
+
+
+def _find_mass(density: LogDensity, radius: float, num: int) -> tuple[Tensor, int]:
+    """A box (2, dim) around all points within 40 nats of the peak, and the evaluations it took."""
+    box = density.like.new_tensor([[-radius], [radius]]).expand(2, density.dim)
+    evaluations = 0
+    for _ in range(_ZOOMS):
+        points, spacing = _grid(box, num)
+        log_prob = _evaluate(density, points)
+        _check_finite(log_prob)
+        evaluations += len(points)
+        inside = points[log_prob > log_prob.max() - _NEGLIGIBLE]
+        found = torch.stack([inside.amin(0) - 2 * spacing, inside.amax(0) + 2 * spacing])
+        width = box[1] - box[0]
+        outward = box.new_tensor([[-1.0], [1.0]])
+        at_edge = torch.stack([inside.amin(0) <= box[0], inside.amax(0) >= box[1]])
+        if not at_edge.any() and ((found[1] - found[0]) / width).prod() > 0.5:
+            return found, evaluations
+        if at_edge.any() and float(box.abs().max()) > _FARTHEST:
+            raise ValueError(
+                f"the density does not fall off: it is within {_NEGLIGIBLE:g} nats of its peak at the edge of "
+                f"{box.T.tolist()} (unconstrained units); it has heavy tails, or is improper (an energy that is "
+                f"unbounded below?)"
+            )
+        box = torch.where(at_edge, box + width * outward, found)
+    return box, evaluations
+
+
+def _grid(box: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    axes = [
+        torch.linspace(float(low), float(high), num, dtype=box.dtype, device=box.device)
+        for low, high in box.T
+    ]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, box.shape[1])
+    return points, (box[1] - box[0]) / (num - 1)
+
+
+def _every_other(log_prob: Tensor, num: int, dim: int) -> Tensor:
+    return log_prob.reshape([num] * dim)[(slice(None, None, 2),) * dim].flatten()
+
+
+def _evaluate(density: LogDensity, points: Tensor) -> Tensor:
+    return torch.cat([density(chunk) for chunk in points.split(_CHUNK)])
+
+
+def _check_finite(log_prob: Tensor) -> None:
+    if bool(log_prob.isnan().any()) or not math.isfinite(float(log_prob.max())):
+        raise ValueError(
+            f"the log density is NaN at {int(log_prob.isnan().sum())} of {len(log_prob)} grid points (maximum "
+            f"{float(log_prob.max())}); check the model and its energy"
+        )

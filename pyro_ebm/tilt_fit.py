@@ -1,0 +1,107 @@
+"""fit_tilt(): the tilt of a frozen model by maximum likelihood on reference data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.checkpoints import read
+from pyro_ebm.inference.importance import posterior_draws
+from pyro_ebm.normalizers import is_exchangeable
+from pyro_ebm.objectives.likelihood import TiltLikelihood, one_tilt
+from pyro_ebm.parameters import frozen
+from pyro_ebm.structure import prototype_trace
+from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.training import FitResult, fit
+
+__all__ = ["fit_tilt"]
+
+
+def fit_tilt(
+    model: TiltedModel,
+    guide: Callable[..., Any],
+    x: Tensor,
+    *,
+    num_particles: int = 32,
+    learning_rate: float = 5e-3,
+    epochs: int = 100,
+    batch_size: int = 128,
+    validation: float | None = 0.1,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    seed: int | None = None,
+    progress: bool = True,
+) -> FitResult:
+    r"""Fit the energy of a tilted model to reference data, everything else frozen.
+
+    Maximises ``sum_i log E_{p(z|x_i)}[exp(-E(z))] - n log Z``, which is the exact log likelihood of the
+    tilted model less that of its base. Posterior draws of the base are made once, from the
+    guide, and weighted by ``p(x, z) / q(z | x)``; after that neither encoder nor decoder runs. Adam with a
+    learning rate that falls to zero along a cosine.
+
+    Args:
+        model: what ``tilt(model, {"site": energy})`` returns: one tilted site, without random parents, of
+            the same law for every datum, inside one plate (dim -1) along the data.
+        guide: draws the latent sites given ``x``.
+        x: reference data (n, *event).
+        num_particles: posterior draws per datum.
+        learning_rate: of Adam, at the start.
+        epochs: passes over the reference data.
+        batch_size: data per step.
+        validation: share held apart; the weights of the best epoch on it are kept. ``None``: use all data.
+        patience: stop after so many epochs without a better loss; ``None``: never.
+        checkpoint: file that keeps the state of the run, as in :func:`fit`.
+        resume: continue from it, with the same ``epochs``: they set how fast the learning rate falls.
+        seed: of everything; ``None``: drawn from the global generator.
+        progress: show a progress bar.
+
+    Returns:
+        As :func:`fit`; the loss is minus the log likelihood gained per datum.
+
+    Raises:
+        TypeError: a model that is not tilted.
+        ValueError: several tilted sites, or one that fit_tilt cannot treat (use ``fit`` with an ELBO then).
+    """
+    site, _ = one_tilt(model)
+    if seed is None and resume and checkpoint is not None:
+        seed = read(checkpoint, kind="checkpoint").get("seed")  # the posterior draws must be the same again
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    node = prototype_trace(model.base_model, (x,), {}).nodes[site]
+    base = node["fn"]
+    if node["is_observed"]:
+        raise ValueError(
+            f"fit_tilt needs a latent site, but {site!r} is observed; use fit(model, guide, x, train=energy)"
+        )
+    if model.structure(x).ancestors[site] or not is_exchangeable(base):
+        raise ValueError(
+            f"fit_tilt needs a site whose law is the same for every datum, but {site!r} has random parents "
+            f"or depends on inputs; use fit(model, guide, x, objective=pyro.infer.Trace_ELBO(), train=energy)"
+        )
+    with frozen(model, guide):
+        values, log_weights = posterior_draws(
+            model.base_model, guide, x, num_samples=num_particles, seed=seed
+        )
+    return fit(
+        model,
+        guide,
+        (values[site], log_weights),
+        objective=TiltLikelihood(base),
+        train=model.energies[site],
+        optimizer=functools.partial(torch.optim.Adam, lr=learning_rate),
+        scheduler=functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs),
+        epochs=epochs,
+        batch_size=min(batch_size, len(x)),
+        validation=validation,
+        patience=patience,
+        checkpoint=checkpoint,
+        resume=resume,
+        seed=seed,
+        progress=progress,
+    )
+

@@ -1,0 +1,239 @@
+"""fit_tilt against the maximum likelihood estimate that a linear Gaussian model has in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyro_ebm import (
+    VAE,
+    CheckpointError,
+    LinearEnergy,
+    MLPEnergy,
+    Normalizer,
+    QuadraticEnergy,
+    TrainingWarning,
+    fit_tilt,
+    tilt,
+)
+from pyro_ebm.objectives.likelihood import TiltLikelihood
+
+W = torch.tensor([[1.0, 0.5, -0.3], [0.2, -0.8, 0.6]])
+NOISE = 0.5
+# z | x ~ N(x @ GAIN, SPREAD) under the base z ~ N(0, I), x ~ N(z W, NOISE^2 I)
+SPREAD = torch.linalg.inv(torch.eye(2) + W @ W.T / NOISE**2)
+GAIN = W.T @ SPREAD / NOISE**2
+QMC = Normalizer("qmc", 512)
+
+
+def model(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ W, NOISE).to_event(1), obs=x)
+
+
+def guide(x):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.MultivariateNormal(x @ GAIN, SPREAD))
+
+
+def data(num, loc=(0.0, 0.0), scale=1.0):
+    generator = torch.Generator().manual_seed(1)
+    z = torch.tensor(loc) + scale * torch.randn(num, 2, generator=generator)
+    return z @ W + NOISE * torch.randn(num, 3, generator=generator)
+
+
+def log_prob(x, loc=0.0, variance=1.0):
+    """Log p(x) for z ~ N(loc, variance I)."""
+    covariance = variance * W.T @ W + NOISE**2 * torch.eye(3)
+    return dist.MultivariateNormal((loc + torch.zeros(2)) @ W, covariance).log_prob(x)
+
+
+def fitted(energy, x, **options):
+    settings = {"seed": 0, "progress": False, "validation": None, "epochs": 30, "learning_rate": 0.05}
+    return fit_tilt(tilt(model, {"z": energy}, normalize=QMC), guide, x, **{**settings, **options})
+
+
+def weights(module):
+    return [value.clone() for value in module.state_dict().values()]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_linear_tilt_is_the_maximum_likelihood_estimate():
+    true, energy = torch.tensor([0.8, -0.6]), LinearEnergy([0.0, 0.0])
+    x = data(600, loc=(0.8, -0.6))
+    result = fitted(energy, x)
+    # log p_a(x) - log p_0(x) = a.m - a'(I - S)a / 2, for m, S the posterior's moments under the base
+    information = torch.eye(2) - SPREAD
+    a = torch.linalg.solve(information, (x @ GAIN).mean(0))
+    found = energy.a.detach()
+    se = torch.linalg.inv(len(x) * information).diagonal().sqrt()
+    assert ((found - true).abs() < 4 * se).all()
+    assert ((found - a).abs() < 0.5 * se).all()  # the data are the same: only the fit's own noise is left
+    # Minus the loss is the log likelihood ratio: here of the weights found, with the error of 32 particles.
+    exact = (log_prob(x, found) - log_prob(x)).mean()
+    error = (found @ SPREAD @ found / 32 / len(x)).sqrt()
+    assert 0.2 < exact and abs(result.train_loss[-1] + exact) < 4 * error + 1e-3
+
+
+def test_a_quadratic_tilt_is_the_maximum_likelihood_estimate():
+    energy, x = QuadraticEnergy(0.0), data(600, scale=0.5)
+    # A tilt this strong needs more particles: the log of a mean of few is too small on average.
+    result = fitted(energy, x, learning_rate=0.2, num_particles=300)
+    grid = torch.arange(0.5, 8.0, 0.01)
+    curve = torch.stack([log_prob(x, variance=1 / (1 + c)).sum() for c in grid])
+    best = int(curve.argmax())
+    curvature = (curve[best + 30] - 2 * curve[best] + curve[best - 30]) / 0.3**2
+    se = 1 / math.sqrt(-curvature)
+    assert abs(energy.c.item() - 3) < 4 * se  # z ~ N(0, I / 4)
+    assert abs(energy.c.item() - grid[best].item()) < 0.5 * se
+    exact = (log_prob(x, variance=1 / (1 + energy.c.item())) - log_prob(x)).mean()
+    assert 0.1 < exact and abs(result.train_loss[-1] + exact) < 0.02
+
+
+def test_a_network_finds_the_tilted_prior_s_mean():
+    torch.manual_seed(0)
+    true, energy = torch.tensor([0.8, -0.6]), MLPEnergy(2, hidden=(16,))
+    x = data(600, loc=(0.8, -0.6))
+    result = fitted(energy, x, validation=0.2, learning_rate=0.02)
+    assert len(result.validation_loss) == 30
+    assert result.best_epoch == 1 + min(range(30), key=result.validation_loss.__getitem__)
+    z = torch.randn(50_000, 2)
+    mean = (-energy(z)).softmax(0).detach() @ z
+    se = torch.linalg.inv(480 * (torch.eye(2) - SPREAD)).diagonal().sqrt()
+    assert ((mean - true).abs() < 4 * se).all() and (se < 0.1).all()
+
+
+def small_vae():
+    torch.manual_seed(0)
+    return VAE((4,), 2, hidden=(5,))
+
+
+def vae_fit(vae, energy, **options):
+    x = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
+    settings = {"epochs": 4, "num_particles": 4, "batch_size": 16, "seed": 0, "progress": False}
+    return fit_tilt(tilt(vae.model, {"z": energy}), vae.guide, x, **{**settings, **options})
+
+
+def test_the_base_is_left_bit_identical():
+    vae, energy = small_vae(), MLPEnergy(2, hidden=(4,))
+    vae.decoder.requires_grad_(False)
+    vae.encoder.eval()
+    before, modes = weights(vae), [module.training for module in vae.modules()]
+    flags, before_energy = [p.requires_grad for p in vae.parameters()], weights(energy)
+    vae_fit(vae, energy)
+    assert same(weights(vae), before) and not same(weights(energy), before_energy)
+    assert [p.requires_grad for p in vae.parameters()] == flags
+    assert [module.training for module in vae.modules()] == modes
+    assert all(p.grad is None for p in vae.parameters())
+
+
+def test_encoder_and_decoder_run_before_training_only(monkeypatch):
+    vae, calls, steps = small_vae(), [], []
+    vae.decoder.register_forward_hook(lambda *_: calls.append(len(steps)))
+    vae.encoder.register_forward_hook(lambda *_: calls.append(len(steps)))
+    loss = TiltLikelihood.__call__
+    monkeypatch.setattr(TiltLikelihood, "__call__", lambda *args: steps.append(1) or loss(*args))
+    vae_fit(vae, MLPEnergy(2, hidden=(4,)))
+    assert len(steps) == 4 * (3 + 1) and calls and set(calls) == {0}
+
+
+def test_the_seed_decides_everything(rng_untouched):
+    vae, energies = small_vae(), []
+    for seed in (3, 3, 4):
+        torch.manual_seed(1)
+        energies.append(MLPEnergy(2, hidden=(4,)))
+        with rng_untouched():
+            assert vae_fit(vae, energies[-1], seed=seed).seed == seed
+    first, again, other = map(weights, energies)
+    assert same(first, again) and not same(first, other)
+
+
+@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize("at_call", [2, 10])
+def test_a_resumed_fit_is_the_same_fit(tmp_path, monkeypatch, seed, at_call):
+    vae, loss, calls = small_vae(), TiltLikelihood.__call__, []
+    torch.manual_seed(1)
+    stopped, fresh, whole = (MLPEnergy(2, hidden=(4,)) for _ in range(3))
+    for other in (fresh, whole):
+        other.load_state_dict(stopped.state_dict())
+
+    def stop(self, *args):
+        calls.append(1)
+        if len(calls) == at_call:
+            raise KeyboardInterrupt
+        return loss(self, *args)
+
+    path = tmp_path / "tilt.pt"
+    with monkeypatch.context() as patch, pytest.warns(TrainingWarning, match="interrupted in epoch"):
+        patch.setattr(TiltLikelihood, "__call__", stop)
+        first = vae_fit(vae, stopped, checkpoint=path, seed=seed)
+    assert first.stopped == "interrupted" and first.epochs < 4
+    resumed = vae_fit(vae, fresh, checkpoint=path, resume=True, seed=seed)
+    expected = vae_fit(vae, whole, seed=first.seed)
+    assert resumed.train_loss == expected.train_loss and len(resumed.train_loss) == 4
+    assert same(weights(fresh), weights(whole))
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    vae, energy = small_vae(), MLPEnergy(2, hidden=(4,))
+    vae_fit(vae, energy, checkpoint=tmp_path / "tilt.pt", epochs=1)
+    with pytest.raises(CheckpointError, match="its seed is 0, here it is 1"):
+        vae_fit(vae, energy, checkpoint=tmp_path / "tilt.pt", resume=True, seed=1)
+    nn.init.constant_(next(vae.encoder.parameters()), 0.3)  # another guide, other posterior draws
+    with pytest.raises(CheckpointError, match="its data is"):
+        vae_fit(vae, energy, checkpoint=tmp_path / "tilt.pt", resume=True)
+
+
+def refused(target, match, error=ValueError, use=guide, x=None):
+    with pytest.raises(error, match=match):
+        fit_tilt(target, use, data(8) if x is None else x, epochs=1, num_particles=2, progress=False)
+
+
+def test_targets_it_is_not_for():
+    energy = LinearEnergy([0.0, 0.0])
+    refused(model, r"model must be what tilt\(\) returns, got function", TypeError)
+    for normalize in (False, 0.3):
+        refused(tilt(model, {"z": energy}, normalize=normalize), "must estimate its log Z: without it")
+    both = {"z": energy, "x": LinearEnergy([0.0, 0.0, 0.0])}
+    refused(tilt(model, both), r"must have one tilted site, got \['x', 'z'\]; use fit\(\) with an ELBO")
+    refused(tilt(model, {"x": both["x"]}), "fit_tilt needs a latent site, but 'x' is observed")
+
+
+def test_priors_that_differ_between_data_are_refused():
+    energy = LinearEnergy([0.0, 0.0])
+
+    def covariate(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x[:, :2], 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ W, NOISE).to_event(1), obs=x)
+
+    def nested(x):
+        with pyro.plate("data", len(x), dim=-1):
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), scale[..., None]).to_event(1))
+            pyro.sample("x", dist.Normal(z @ W, NOISE).to_event(1), obs=x)
+
+    for target in (covariate, nested):
+        refused(tilt(target, {"z": energy}), "'z' has random parents or depends on inputs; use fit")
+
+
+def test_a_latent_outside_the_plate_is_refused():
+    def shared(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal((z @ W)[..., None, :], NOISE).to_event(1), obs=x)
+
+    def guide_of_shared(x):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    target = tilt(shared, {"z": LinearEnergy([0.0, 0.0])})
+    refused(target, r"latent site\(s\) \['z'\] lie outside the plate", use=guide_of_shared)
