@@ -1,0 +1,1 @@
+"""Whether to trust the draws: ArviZ trees, comparison tables, class balance."""
