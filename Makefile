@@ -11,7 +11,7 @@ PACKAGE  = $(VENV)/.installed
 TESTING  = $(VENV)/.installed-test
 LINTING  = $(VENV)/.installed-lint
 
-.PHONY: demo test lint notebooks clean help
+.PHONY: demo test lint notebooks docs clean help
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -20,6 +20,7 @@ help:
 	@echo "make test       the same, then the test suite"
 	@echo "make lint       ruff and mypy"
 	@echo "make notebooks  execute the notebooks again and keep their outputs"
+	@echo "make docs       run the demo and put its pictures where the README shows them"
 	@echo "make clean      remove $(VENV), out/ and caches"
 
 demo: $(PACKAGE)
@@ -34,6 +35,9 @@ lint: $(LINTING)
 
 notebooks: $(TESTING)
 	$(BIN)/python tests/test_notebooks.py notebooks/*.ipynb
+
+docs: demo
+	cp $(OUT)/figures/class_balance.png $(OUT)/figures/energy_landscape.png docs/
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -23,6 +23,7 @@ __all__ = [
     "forked_rng",
     "frozen",
     "modules_of",
+    "one_thread",
     "random_stream",
     "register_for_svi",
 ]
@@ -133,3 +134,14 @@ def frozen(*callables: Callable[..., Any]) -> Iterator[None]:
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: on tensors of a few numbers a second one only costs time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_ebm.checkpoints import read
 from pyro_ebm.inference.importance import posterior_draws
-from pyro_ebm.normalizers import is_exchangeable
+from pyro_ebm.normalizers import is_exchangeable, log_normalizer
 from pyro_ebm.objectives.likelihood import TiltLikelihood, one_tilt
 from pyro_ebm.parameters import frozen
 from pyro_ebm.structure import prototype_trace
@@ -62,7 +62,9 @@ def fit_tilt(
         progress: show a progress bar.
 
     Returns:
-        As :func:`fit`; the loss is minus the log likelihood gained per datum.
+        As :func:`fit`; the loss is minus the log likelihood gained per datum. With an
+        :class:`InferenceWarning` that log Z is not reliable, neither is the loss: the reference data then
+        lie where the base has next to no mass.
 
     Raises:
         TypeError: a model that is not tilted.
@@ -87,7 +89,7 @@ def fit_tilt(
         values, log_weights = posterior_draws(
             model.base_model, guide, x, num_samples=num_particles, seed=seed
         )
-    return fit(
+    result = fit(
         model,
         guide,
         (values[site], log_weights),
@@ -104,4 +106,7 @@ def fit_tilt(
         seed=seed,
         progress=progress,
     )
+    # Where log Z misses most of the tilted mass, so did the loss: it may have fallen without end.
+    log_normalizer(base, model.energies[site], seed=seed)
+    return result
 

@@ -21,15 +21,16 @@ HEAVY = {"arviz", "arviz_base", "arviz_plots", "arviz_stats", "matplotlib"}
 HEAVY |= {"pandas", "sklearn", "torchvision", "xarray"}
 FORBIDDEN = {
     *("clear_param_store", "set_rng_seed", "enable_validation", "random.seed", "manual_seed_all"),
-    *("set_default_dtype", "set_default_tensor_type", "set_default_device", "set_num_threads"),
+    *("set_default_dtype", "set_default_tensor_type", "set_default_device"),
     *("use_deterministic_algorithms", "os.chdir", "os.putenv"),
     *("matplotlib.use", "mpl.use", "plt.switch_backend", "style.use", "plt.show"),
 }
 BUILTINS = {"print", "exec", "eval"}  # module.eval() is torch's
-# Allowed inside a `with` of this name only.
+# Allowed inside a `with` or a function of this name only.
 SCOPED = {
     "torch.manual_seed": "fork_rng",
     "torch.cuda.manual_seed_all": "fork_rng",
+    "torch.set_num_threads": "def one_thread",
     "warnings.simplefilter": "catch_warnings",
     "warnings.filterwarnings": "catch_warnings",
 }
@@ -120,7 +121,7 @@ def forbidden_uses(source: str, *, may_print: bool = False) -> list[str]:
         if isinstance(node, ast.With):
             scopes += tuple(ast.unparse(item.context_expr) for item in node.items)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            scopes = ()  # runs later, when the block around its definition is over
+            scopes = (f"def {node.name}",)  # runs later, when the block around its definition is over
         fault = _call_fault(node, scopes) if isinstance(node, ast.Call) else _write_fault(node)
         if fault and not (may_print and fault == "print()"):
             found.append(f"line {node.lineno}: {fault}")

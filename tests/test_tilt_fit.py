@@ -13,6 +13,7 @@ from torch import nn
 from pyro_ebm import (
     VAE,
     CheckpointError,
+    InferenceWarning,
     LinearEnergy,
     MLPEnergy,
     Normalizer,
@@ -112,6 +113,13 @@ def test_a_network_finds_the_tilted_prior_s_mean():
     assert ((mean - true).abs() < 4 * se).all() and (se < 0.1).all()
 
 
+def test_a_tilt_beyond_the_reach_of_log_z_is_told():
+    """No draw of the base lies where the reference is: the loss falls without end, and means nothing."""
+    with pytest.warns(InferenceWarning, match="the estimate of log Z is not reliable"):
+        result = fitted(LinearEnergy([0.0, 0.0]), data(200, loc=(0.0, 9.0)), learning_rate=0.5)
+    assert result.stopped == "epochs"
+
+
 def small_vae():
     torch.manual_seed(0)
     return VAE((4,), 2, hidden=(5,))
@@ -144,6 +152,19 @@ def test_encoder_and_decoder_run_before_training_only(monkeypatch):
     monkeypatch.setattr(TiltLikelihood, "__call__", lambda *args: steps.append(1) or loss(*args))
     vae_fit(vae, MLPEnergy(2, hidden=(4,)))
     assert len(steps) == 4 * (3 + 1) and calls and set(calls) == {0}
+
+
+def test_the_learning_rate_falls_to_zero_along_a_cosine(monkeypatch):
+    rates = []
+
+    class Recorded(torch.optim.Adam):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "Adam", Recorded)
+    vae_fit(small_vae(), MLPEnergy(2, hidden=(4,)), batch_size=50, learning_rate=0.2)
+    assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)])
 
 
 def test_the_seed_decides_everything(rng_untouched):

@@ -377,10 +377,10 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
 
 
 def test_the_checkpoint_is_written_every_k_epochs(tmp_path, monkeypatch):
-    from pyro_ebm import checkpoints
+    from pyro_ebm import training_run
 
     written = []
-    monkeypatch.setattr(checkpoints, "write", lambda payload, path, kind: written.append(payload["epoch"]))
+    monkeypatch.setattr(training_run, "write", lambda payload, path, kind: written.append(payload["epoch"]))
     run(line(), epochs=5, checkpoint=tmp_path / "run.pt", checkpoint_every=2, patience=None)
     assert written == [2, 4, 5]
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pyro_ebm.errors import InferenceError, InferenceWarning
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.starting_points import StartingPoints
-from pyro_ebm.parameters import frozen, random_stream
+from pyro_ebm.parameters import frozen, one_thread, random_stream
 from pyro_ebm.statistics import r_hat
 from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace
 from pyro_ebm.tilts import TiltedModel
@@ -237,7 +237,8 @@ class _Run:
             shapes = {name: site["value"].shape for name, site in latent_sites(trace).items()}
             starts = StartingPoints(model, args, kwargs, counted, transforms, shapes, self.num_chains)
             initial, rule = starts.find(init, guide)
-            chains, interrupted = self._chains(counted, initial, transforms)
+            with one_thread():
+                chains, interrupted = self._chains(counted, initial, transforms)
         notes = {"init": rule, "interrupted": interrupted}
         seconds = time.perf_counter() - start
         draws = self._collect(chains, transforms, seconds, observed_sites(trace), notes)

@@ -1,0 +1,113 @@
+"""The command ``pyro-ebm``: whole jobs from the shell."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pyro_ebm.recipes.debias import DebiasResult
+
+app = typer.Typer(
+    help="Tilt Pyro models with learned energies.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Tilt Pyro models with learned energies."""
+
+
+@app.command()
+def debias(
+    data: Annotated[str, typer.Option(help="digits (bundled), mnist, fashion_mnist or kmnist")] = "digits",
+    data_root: Annotated[
+        Path | None, typer.Option(help="folder with the torchvision data; downloaded there when missing")
+    ] = None,
+    digits: Annotated[str, typer.Option(help="classes to use, separated by commas")] = "0,1,2,3,4",
+    proportions: Annotated[
+        str, typer.Option(help="share of each class in the biased set; sums to 1")
+    ] = "0.12,0.33,0.28,0.20,0.07",
+    fraction: Annotated[float, typer.Option(help="largest share of a class the biased set may take")] = 0.6,
+    latent_dim: Annotated[int, typer.Option(help="dimensions of the latent z")] = 2,
+    methods: Annotated[str, typer.Option(help="samplers, among snis, nuts, hmc")] = "snis,nuts,hmc",
+    num_samples: Annotated[
+        int | None,
+        typer.Option(help="draws per MCMC method, 4000 for digits, else 12000; snis weighs ten times as many"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of everything")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/debias"),
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="also train on the reference alone, and fine-tune on it")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="short training, few draws")] = False,
+    progress: Annotated[bool, typer.Option(help="show progress bars")] = sys.stderr.isatty(),
+) -> None:
+    """Train a VAE on biased images, tilt its latent by a few balanced ones, sample it, compare samplers."""
+    from pyro_ebm.errors import CheckpointError
+    from pyro_ebm.recipes.debias import DebiasConfig
+    from pyro_ebm.recipes.debias import debias as run
+
+    try:
+        config = DebiasConfig(
+            data=data,
+            data_root=data_root,
+            digits=_numbers("--digits", digits, int),
+            proportions=_numbers("--proportions", proportions, float),
+            fraction=fraction,
+            latent_dim=latent_dim,
+            methods=tuple(part.strip() for part in methods.split(",") if part.strip()),
+            num_samples=num_samples,
+            seed=seed,
+            baselines=baselines,
+            quick=quick,
+            progress=progress,
+        )
+        result = run(config, out=out)
+    except (ValueError, OSError, CheckpointError) as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+    _print(result, out)
+
+
+def _numbers(option: str, text: str, kind: type) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} must be numbers separated by commas, got {text!r}") from None
+
+
+def _print(result: DebiasResult, out: Path) -> None:
+    from pyro_ebm.recipes.outputs import balance_table
+
+    columns = ["target", "method", "ess_bulk", "r_hat", "pareto_k", "divergences", "ess_per_second"]
+    if result.references:
+        columns.append("worst_error_in_se")
+    table = result.comparison[[*columns, "verdict"]]
+    formats = {"ess_bulk": "{:.0f}".format, "r_hat": "{:.3f}".format, "pareto_k": "{:.2f}".format,
+               "divergences": "{:.0f}".format, "ess_per_second": "{:.1f}".format,
+               "worst_error_in_se": "{:.1f}".format}  # fmt: skip
+    sizes = ", ".join(f"{part} {count}" for part, count in result.split.sizes.items())
+    echo = typer.echo
+    echo(f"\nImages: {sizes}. Label classifier: {result.classifier.accuracy:.1%} accurate.")
+    echo("\nClass balance of decoded draws (TV: distance from uniform, 0 is perfect):\n")
+    echo(balance_table(result).to_string(float_format="{:.3f}".format))
+    echo("\nWhich sampler to trust (verdict names every threshold that fell):\n")
+    echo(table.to_string(index=False, formatters=formats, na_rep="-"))
+    found = result.summary["test_log_likelihood"]
+    echo("\nLog likelihood per balanced test image: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+    echo(f"Most effective draws per second among the trusted: {result.best_method}.")
+    seconds = result.summary["seconds"]["total"]
+    echo(f"Done in {seconds:.0f} s. Open {out / 'report.html'} for figures and details.")
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Loss by epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from pyro_ebm.plots.style import axes_or_new, color
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from pyro_ebm.training import FitResult
+
+__all__ = ["plot_training_curves"]
+
+
+def plot_training_curves(result: FitResult | Mapping[str, FitResult], *, ax: Axes | None = None) -> Axes:
+    """Training loss (solid) and validation loss (dashed) by epoch, with a ring at the best epoch.
+
+    Where the first tenth of a long run towers over the rest, the vertical axis leaves it out and says so.
+
+    Args:
+        result: what ``fit`` returned, or several by name; put together only losses of one scale.
+        ax: axes to draw on; a new figure when ``None``.
+
+    Returns:
+        The axes.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    results = dict(result) if isinstance(result, Mapping) else {"": result}
+    if not any(len(each.train_loss) for each in results.values()):
+        raise ValueError("result holds no epoch: train for at least one before plotting")
+    ax = axes_or_new(ax, (6.0, 3.8) if len(results) == 1 else (8.0, 3.8))
+    for i, (name, each) in enumerate(results.items()):
+        _draw_curves(ax, each, f"{name}, " if name else "", color(i))
+    ax.set(xlabel="epoch", ylabel="loss per datum (nats)")
+    ax.margins(x=0.02)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.spines[["top", "right"]].set_visible(False)
+    _leave_out_start(ax, results.values())
+    if len(results) == 1:
+        ax.legend(frameon=False)
+    else:
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def _draw_curves(ax: Axes, result: FitResult, prefix: str, tone: str) -> None:
+    ax.plot(range(1, len(result.train_loss) + 1), result.train_loss, color=tone, label=f"{prefix}training")
+    validation = list(result.validation_loss)
+    if validation:
+        label = f"{prefix}validation"
+        ax.plot(range(1, len(validation) + 1), validation, color=tone, linestyle=(0, (4, 1.5)), label=label)
+    judged = validation or list(result.train_loss)
+    if 1 <= result.best_epoch <= len(judged):
+        label = f"{prefix}best (epoch {result.best_epoch})"
+        height = judged[result.best_epoch - 1]
+        ax.plot([result.best_epoch], [height], "o", color=tone, fillstyle="none", markersize=8, label=label)
+
+
+def _leave_out_start(ax: Axes, results: Iterable[FitResult]) -> None:
+    curves = [curve for result in results for curve in (result.train_loss, result.validation_loss)]
+    curves = [[value for value in curve if math.isfinite(value)] for curve in curves]
+    late = [value for curve in curves for value in curve[len(curve) // 10 :]]
+    everything = [value for curve in curves for value in curve]
+    low, high, top = min(late, default=0.0), max(late, default=0.0), max(everything, default=0.0)
+    if top - low > 2.0 * (high - low) > 0.0:
+        ax.set_ylim(min(everything) - 0.05 * (high - low), high + 0.1 * (high - low))
+        ax.set_title("the first epochs lie above the axis", fontsize="small", loc="left")

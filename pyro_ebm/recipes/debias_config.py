@@ -1,0 +1,119 @@
+"""Settings of the debias job: what it checks before any work, and how long it trains for which data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from operator import index
+from pathlib import Path
+from typing import Any
+
+from pyro_ebm.inference.sample import METHODS
+
+__all__ = ["DATASETS", "DebiasConfig", "Schedule"]
+
+DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist")
+_DEFAULT_PROPORTIONS = (0.12, 0.33, 0.28, 0.20, 0.07)
+
+
+@dataclass(frozen=True)
+class DebiasConfig:
+    """Settings of :func:`debias`.
+
+    Args:
+        data: one of ``"digits"`` (bundled), ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"``.
+        data_root: folder with the torchvision data; downloaded there when missing.
+        digits: classes to use.
+        proportions: share of each of them in the biased set; sums to one.
+        fraction: largest share of any class that the biased set may take, in (0, 1).
+        latent_dim: dimensions of z.
+        methods: samplers to run, among ``"snis"``, ``"nuts"``, ``"hmc"``.
+        num_samples: draws of the tilted prior per MCMC method, over all chains (``None``: 4,000 for digits,
+            else 12,000); importance sampling weighs ten times as many.
+        num_chains: chains of the MCMC methods.
+        seed: of everything.
+        baselines: also train a VAE on the reference set alone, and fine-tune the biased one on it.
+        quick: short training and few draws, to see that everything runs.
+        progress: show progress bars.
+    """
+
+    data: str = "digits"
+    data_root: str | Path | None = None
+    digits: tuple[int, ...] = (0, 1, 2, 3, 4)
+    proportions: tuple[float, ...] = _DEFAULT_PROPORTIONS
+    fraction: float = 0.6
+    latent_dim: int = 2
+    methods: tuple[str, ...] = METHODS
+    num_samples: int | None = None
+    num_chains: int = 4
+    seed: int = 0
+    baselines: bool = False
+    quick: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        if self.data not in DATASETS:
+            raise ValueError(f"data must be one of {DATASETS}, got {self.data!r}")
+        if len(set(self.digits)) != len(self.digits) or len(self.digits) < 2:
+            raise ValueError(f"digits must be at least two different classes, got {self.digits}")
+        if len(self.proportions) != len(self.digits):
+            raise ValueError(
+                f"proportions must have one entry per class in digits {self.digits}, got {self.proportions}"
+            )
+        total = math.fsum(self.proportions)
+        if not abs(total - 1) <= 1e-6 or min(self.proportions) < 0:
+            raise ValueError(
+                f"proportions must sum to 1 and not be negative, got {self.proportions} (sum {total:.6g})"
+            )
+        if not self.methods or len({*self.methods} & {*METHODS}) < len(self.methods):
+            raise ValueError(f"methods must be among {METHODS}, each once, got {self.methods}")
+        for name in ("latent_dim", "num_chains"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if (self.num_samples or 0) < 4 * self.num_chains:
+            raise ValueError(f"num_samples must be at least 4 per chain, got {self.num_samples}")
+
+    def _normalise(self) -> None:
+        """Ranges, arrays and their numbers become Python's own, which summary.json can hold."""
+        plain: dict[str, Any] = {
+            name: index(getattr(self, name)) for name in ("latent_dim", "num_chains", "seed")
+        }
+        # A total variation distance near zero needs some hundred effective draws per class to be seen.
+        default = 4000 if self.data == "digits" else 12000
+        plain["num_samples"] = default if self.num_samples is None else index(self.num_samples)
+        plain["digits"] = tuple(index(digit) for digit in self.digits)
+        plain["proportions"] = tuple(float(share) for share in self.proportions)
+        plain["methods"] = self.methods if isinstance(self.methods, str) else tuple(self.methods)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_draws(self) -> int:
+        """Draws of the tilted prior per MCMC method."""
+        if self.num_samples is not None:
+            return self.num_samples
+        # Total variation distances near zero need a few hundred effective draws per class to be told apart.
+        return 4000 if self.data == "digits" else 12000
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how wide to train for one data set."""
+
+    hidden: tuple[int, ...]
+    vae_epochs: int
+    vae_batch: int
+    tilt_epochs: int
+    patience: int
+
+    @classmethod
+    def of(cls, config: DebiasConfig) -> Schedule:
+        if config.data == "digits":
+            full = cls((256, 128), 400, 64, 150, 40)
+        else:
+            full = cls((1024, 512, 256), 30, 128, 100, 10)
+        if not config.quick:
+            return full
+        vae_epochs, tilt_epochs = max(full.vae_epochs // 10, 2), max(full.tilt_epochs // 10, 2)
+        return cls((64, 32), vae_epochs, full.vae_batch, tilt_epochs, 10)

@@ -1,0 +1,156 @@
+"""The command: its options, what it prints and writes, and how it says that something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pyro_ebm import InferenceWarning
+from pyro_ebm.cli import app
+from pyro_ebm.recipes.debias_config import Schedule
+
+OPTIONS = """--data --data-root --digits --proportions --fraction --latent-dim --methods --num-samples --seed --out
+--baselines --quick --progress""".split()
+
+
+def invoke(*arguments: str) -> Any:
+    environment = {"COLUMNS": "200", "TERMINAL_WIDTH": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InferenceWarning)
+        return CliRunner().invoke(app, list(arguments), env=environment)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that starts the job."""
+
+    def work(config: Any) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr("pyro_ebm.recipes.debias.load_split", work)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def test_help_lists_the_options():
+    result = invoke("debias", "--help")
+    assert result.exit_code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    for option in OPTIONS:
+        assert re.search(rf"{option}\b", text), option
+    assert "digits (bundled), mnist, fashion_mnist or kmnist" in text
+    assert "0.12,0.33,0.28,0.20,0.07" in text
+
+
+def test_the_command_names_its_jobs():
+    result = invoke("--help")
+    assert result.exit_code == 0 and "debias" in result.output
+    assert invoke().exit_code in (0, 2) and "debias" in invoke().output
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from pyro_ebm.cli import app; "
+        "assert CliRunner().invoke(app, ['debias', '--help']).exit_code == 0; "
+        "print([name for name in ('torch', 'arviz', 'matplotlib', 'pandas') if name in sys.modules])"
+    )
+    root = Path(__file__).parents[1]
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_success_prints_the_tables_and_writes_the_files(tmp_path, monkeypatch):
+    schedule = Schedule(hidden=(8,), vae_epochs=2, vae_batch=64, tilt_epochs=2, patience=2)
+    monkeypatch.setattr(Schedule, "of", classmethod(lambda cls, config: schedule))
+    out = tmp_path / "out"
+    arguments = "debias --quick --digits 1,2 --proportions 0.25,0.75 --methods snis,hmc --num-samples 100"
+    result = invoke(*arguments.split(), "--seed", "5", "--fraction", "0.5", "--no-progress", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    text = result.stdout
+    assert re.search(r"Images: biased \d+, reference \d+, test \d+, classifier \d+\. Label classifier: ", text)
+    balance, samplers = text.split("Which sampler to trust")
+    assert re.search(r"^source +class 1 +class 2 +TV +", balance, flags=re.MULTILINE) or "class 1" in balance
+    for source in ("biased_data", "prior", "snis", "hmc"):
+        assert re.search(rf"^{source} +(\d\.\d+ +)", balance, flags=re.MULTILINE), source
+    for row in ("prior snis", "prior hmc", "posterior snis", "posterior hmc"):
+        assert re.search(r"^ *" + row.replace(" ", " +") + " ", samplers, flags=re.MULTILINE), row
+    assert "verdict" in samplers and "worst_error_in_se" in samplers
+    assert re.search(r"per balanced test image: base -\d+\.\d\d, tilted -\d+\.\d\d", samplers)
+    assert re.search(r"among the trusted: (snis|hmc)\.", samplers)
+    assert str(out / "report.html") in samplers
+    assert result.stderr == ""
+    settings = json.loads((out / "summary.json").read_text())["settings"]
+    assert settings["digits"] == [1, 2] and settings["proportions"] == [0.25, 0.75]
+    assert (settings["seed"], settings["fraction"], settings["num_samples"]) == (5, 0.5, 100)
+    assert settings["methods"] == ["snis", "hmc"] and settings["quick"] and not settings["baselines"]
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ("--data cifar", r"data must be one of \('digits', 'mnist'"),
+        ("--digits 0,1,two", "--digits must be numbers separated by commas, got '0,1,two'"),
+        ("--proportions 0.5;0.5", "--proportions must be numbers separated by commas, got '0.5;0.5'"),
+        ("--proportions 0.2,0.2,0.2,0.2,0.1", "proportions must sum to 1"),
+        ("--digits 0,1,2", r"proportions must have one entry per class in digits \(0, 1, 2\)"),
+        ("--methods snis,gibbs", "methods must be among"),
+        ("--methods ,", r"methods must be among .* got \(\)"),
+        ("--num-samples 3", "num_samples must be at least 4 per chain, got 3"),
+        ("--latent-dim 0", "latent_dim must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(tmp_path, arguments, match):
+    result = invoke("debias", *arguments.split(), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert re.search(match, result.stderr) and result.stderr.startswith("error: ")
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_that_does_not_exist():
+    result = invoke("debias", "--sede", "3")
+    assert result.exit_code == 2 and "--sede" in result.stderr
+
+
+@pytest.mark.usefixtures("no_work")
+def test_an_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = invoke("debias", "--out", str(tmp_path / "file"))
+    assert result.exit_code == 2 and result.stdout == ""
+    assert re.search(r"error: out='.*file' cannot be written to .*; choose another folder", result.stderr)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(("data", "folder"), [("mnist", "MNIST"), ("kmnist", "KMNIST")])
+def test_missing_files_without_a_network(tmp_path, data, folder):
+    arguments = ["--data", data, "--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    result = invoke("debias", *arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    message = re.sub(r"\s+", " ", result.stderr)
+    assert f"{folder} is not complete in {tmp_path / 'data' / folder / 'raw'}" in message
+    assert "train-images-idx3-ubyte" in message and "no network" in message
+    assert "on a machine with a network, or copy these four files into that folder" in message
+
+
+def test_a_class_that_is_not_there(tmp_path):
+    result = invoke("debias", *"--digits 0,12 --proportions 0.5,0.5 --out".split(), str(tmp_path))
+    assert result.exit_code == 2
+    assert re.search(r"classes must be among the labels of digits.*unknown: \[12\]", result.stderr)
