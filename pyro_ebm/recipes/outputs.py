@@ -14,6 +14,7 @@ import torch
 
 from pyro_ebm import plots
 from pyro_ebm.diagnostics.arviz_bridge import save_arviz, to_arviz
+from pyro_ebm.inference.sample import METHODS
 from pyro_ebm.parameters import forked_rng
 from pyro_ebm.recipes.report import write_report
 from pyro_ebm.training import save_weights
@@ -63,6 +64,7 @@ def write_results(result: DebiasResult, out: str | Path) -> Path:
         The folder.
     """
     folder = prepare_folder(out)
+    _remove_leftovers(folder)
     # NaN is no JSON: what is unknown is null.
     summary = json.dumps(_jsonable(result.summary), indent=2, allow_nan=False)
     (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
@@ -99,6 +101,13 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Take away what an earlier job with other settings wrote here and this one may not write again."""
+    optional = [folder / "figures" / f"{name}.png" for name in ("latent_scatter", "overlay", "energy_landscape")]
+    for path in [*optional, *(folder / f"draws_{method}.nc" for method in METHODS)]:
+        path.unlink(missing_ok=True)
 
 
 def _write_figures(result: DebiasResult, folder: Path) -> list[tuple[str, Path]]:

@@ -248,6 +248,19 @@ def test_other_latent_dimensions_baselines_and_classes(tiny, tmp_path, monkeypat
     assert [path.name for path in tmp_path.glob("draws*.nc")] == ["draws.nc"]
 
 
+def test_nothing_of_an_earlier_job_stays_behind_and_nothing_else_goes(tmp_path):
+    from pyro_ebm.recipes.outputs import _remove_leftovers, prepare_folder
+
+    folder = prepare_folder(tmp_path)
+    ours = [folder / "draws_nuts.nc", folder / "figures" / "energy_landscape.png"]
+    theirs = [folder / "notes.txt", folder / "figures" / "mine.png"]
+    for path in ours + theirs:
+        path.write_text("x")
+    _remove_leftovers(folder)
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in theirs)
+
+
 def test_the_base_is_not_touched_by_baselines(tiny):
     """Fine-tuning works on a copy."""
     plain, with_baselines = (run(methods=("snis",), baselines=b) for b in (False, True))
