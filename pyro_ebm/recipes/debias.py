@@ -328,7 +328,6 @@ class _Job:
     ) -> dict[str, Any]:
         log_z: Any = weighted.log_z
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.config).items()}
-        settings["num_samples"] = self.config.num_draws
         chains = comparison[(comparison["target"] == "prior") & (comparison["method"] != "snis")]
         columns = ["r_hat", "ess_bulk", "divergences", "seconds"]
         summary: dict[str, Any] = {

@@ -88,14 +88,6 @@ class DebiasConfig:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
-    @property
-    def num_draws(self) -> int:
-        """Draws of the tilted prior per MCMC method."""
-        if self.num_samples is not None:
-            return self.num_samples
-        # Total variation distances near zero need a few hundred effective draws per class to be told apart.
-        return 4000 if self.data == "digits" else 12000
-
 
 @dataclass(frozen=True)
 class Schedule:
