@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_ebm.energies import Energy
 from pyro_ebm.normalizers import Normalizer, checked_energy, log_mean_exp, score_term
 from pyro_ebm.parameters import evaluation_mode, fingerprint, forked_rng, modules_of
-from pyro_ebm.structure import ModelStructure, event_dim_of, log_prob_of, unconditioned
+from pyro_ebm.structure import ModelStructure, event_dim_of, log_prob_of, padded_shape, unconditioned
 
 __all__ = ["check_broadcast", "forward_log_normalizer", "forward_log_weights"]
 
@@ -158,8 +158,8 @@ def check_broadcast(
 def _stacked(traces: list[poutine.Trace], name: str, depth: int) -> Tensor:
     """Values of a site in several runs, the runs left of ``depth`` batch dims."""
     sites = [trace.nodes[name] for trace in traces]
-    missing = depth - (sites[0]["value"].ndim - event_dim_of(sites[0]))
-    return torch.stack([site["value"].reshape([1] * missing + list(site["value"].shape)) for site in sites])
+    padded = padded_shape(sites[0]["value"].shape, event_dim_of(sites[0]), depth)
+    return torch.stack([site["value"].reshape(padded) for site in sites])
 
 
 def _sum_coupled(values: Tensor, keep: tuple[int, ...]) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "log_prob_of",
     "model_structure",
     "observed_sites",
+    "padded_shape",
     "plate_depth",
     "prototype_trace",
     "unconditioned",
@@ -122,6 +123,11 @@ def plate_depth(trace: poutine.Trace) -> int:
     """Number of dimensions, from the right, that vectorised plates use (``max_plate_nesting``)."""
     frames = [f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]]
     return max([-frame.dim for frame in frames if frame.vectorized], default=0)
+
+
+def padded_shape(shape: torch.Size, event_dim: int, depth: int) -> torch.Size:
+    """A site's shape with size-1 dims before it, so that a dim added in front lands left of ``depth`` plate dims."""
+    return torch.Size([1] * (depth - (len(shape) - event_dim))) + shape
 
 
 def _is_bookkeeping(site: Mapping[str, Any]) -> bool:

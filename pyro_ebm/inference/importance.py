@@ -20,7 +20,7 @@ from pyro_ebm.inference.log_density import keep_dims
 from pyro_ebm.normalizers import importance_estimate
 from pyro_ebm.parameters import evaluation_mode, random_stream
 from pyro_ebm.statistics import importance_ess, psis
-from pyro_ebm.structure import latent_sites, observed_sites, plate_depth, prototype_trace
+from pyro_ebm.structure import latent_sites, observed_sites, padded_shape, plate_depth, prototype_trace
 from pyro_ebm.tilts import TiltedModel
 
 __all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws"]
@@ -158,8 +158,8 @@ class _Importance:
         values = {}
         for name, shape in self.shapes.items():
             value = model_trace.nodes[name]["value"]
-            batch = torch.Size([num_samples, *[1] * (self.depth - len(shape) + self.event_dims[name])])
-            values[name] = value.expand(batch + shape).reshape(num_samples, *shape)
+            padded = padded_shape(shape, self.event_dims[name], self.depth)
+            values[name] = value.expand(num_samples, *padded).reshape(num_samples, *shape)
         log_prob = site_log_probs(model_trace, (-self.depth - 1,))
         return log_weights.reshape(num_samples), values, log_prob.expand(num_samples)
 

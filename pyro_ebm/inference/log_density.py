@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 
 from pyro_ebm.parameters import evaluation_mode
-from pyro_ebm.structure import latent_sites, plate_depth, prototype_trace
+from pyro_ebm.structure import latent_sites, padded_shape, plate_depth, prototype_trace
 from pyro_ebm.tilted_distribution import TiltedDistribution
 from pyro_ebm.tilts import TiltedModel
 
@@ -221,8 +221,7 @@ class _ModelTarget:
 
     def _pad(self, site: _Site, value: Tensor) -> Tensor:
         """Insert size-1 dims so that the chain dim lands left of all plates."""
-        missing = self.depth - (len(site.shape) - site.event_dim)
-        return value.reshape(value.shape[0], *[1] * missing, *site.shape)
+        return value.reshape(value.shape[0], *padded_shape(site.shape, site.event_dim, self.depth))
 
     def _unpack(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         values, log_jacobian = {}, u.new_zeros(u.shape[:-1])

@@ -16,7 +16,7 @@ from pyro_ebm.inference.draws import Draws
 from pyro_ebm.normalizers import checked_energy
 from pyro_ebm.parameters import evaluation_mode, random_stream
 from pyro_ebm.statistics import psis
-from pyro_ebm.structure import event_dim_of, plate_depth, prototype_trace, unconditioned
+from pyro_ebm.structure import event_dim_of, padded_shape, plate_depth, prototype_trace, unconditioned
 from pyro_ebm.tilts import TiltedModel
 
 __all__ = ["predictive"]
@@ -107,17 +107,15 @@ def _forward(
                 f"draws[{name!r}] of shape {tuple(value.shape[1:])} does not fit the model, which has {expected}; "
                 f"pass the arguments (data of the same size) that the draws were made with"
             )
-        shape, event_dim = sites[name]
-        data[name] = value.reshape(num_samples, *[1] * (depth - len(shape) + event_dim), *shape)
+        data[name] = value.reshape(num_samples, *padded_shape(*sites[name], depth))
     with pyro.plate("_predictive", num_samples, dim=-depth - 1):
         runs = poutine.condition(unconditioned(model), data=data)
         trace = poutine.trace(runs).get_trace(*args, **kwargs)
     result = {}
     for name, (shape, event_dim) in sites.items():
-        lead = torch.Size([num_samples, *[1] * (depth - len(shape) + event_dim)])
         value = trace.nodes[name]["value"]
         if value.numel() != num_samples * shape.numel():
-            value = value.expand(lead + shape)
+            value = value.expand(num_samples, *padded_shape(shape, event_dim, depth))
         result[name] = value.reshape(num_samples, *shape)
     return result
 
