@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "InferenceError", "InferenceWarning", "TrainingWarning"]
+import sys
+import warnings
+
+__all__ = ["CheckpointError", "InferenceError", "InferenceWarning", "TrainingWarning", "warn_user"]
 
 
 class InferenceWarning(UserWarning):
@@ -19,3 +22,16 @@ class TrainingWarning(UserWarning):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or that belongs to another model or another training run."""
+
+
+def warn_user(message: str, category: type[Warning] = InferenceWarning) -> None:
+    """Warn at the line of the user's that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    """Whether it is this package, or what may lie between two of its functions (a decorator, a handler)."""
+    return module.split(".")[0] in ("pyro_ebm", "pyro", "torch", "contextlib")

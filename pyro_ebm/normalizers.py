@@ -8,8 +8,7 @@ moves only ``v`` sees a constant, a run can be resumed exactly, and the global g
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
 from pyro_ebm.energies import Energy, FunctionEnergy, as_energy
-from pyro_ebm.errors import InferenceError, InferenceWarning
+from pyro_ebm.errors import InferenceError, warn_user
 from pyro_ebm.inference.draws import Estimate
 from pyro_ebm.parameters import fingerprint, forked_rng
 from pyro_ebm.statistics import psis
@@ -29,10 +28,11 @@ __all__ = [
     "base_parameters",
     "checked_energy",
     "energy_state",
+    "enumerated",
     "importance_estimate",
     "is_exchangeable",
     "log_mean_exp",
-    "log_normalizer",
+    "sampled_log_normalizer",
     "score_term",
     "site_log_normalizer",
     "site_log_weights",
@@ -187,7 +187,7 @@ def site_log_weights(
     while isinstance(base, MaskedDistribution):  # masks hide log probabilities; the law is the same
         base = base.base_dist
     event_dim = len(base.event_shape)
-    support = _enumerated(base)
+    support = enumerated(base)
     if support is not None:
         value, log_prob = support
         return log_prob + math.log(value.shape[0]) - checked_energy(energy, value, 0, name)
@@ -211,7 +211,7 @@ def site_log_weights(
     return score - checked_energy(energy, value, event_dim, name)
 
 
-def _enumerated(base: Distribution) -> tuple[Tensor, Tensor] | None:
+def enumerated(base: Distribution) -> tuple[Tensor, Tensor] | None:
     """All values of a scalar base of finite support and their log probabilities.
 
     Shapes (support,) where all batch elements share one law, else (support, *batch).
@@ -243,7 +243,7 @@ def site_log_normalizer(
     The gradient with respect to the energy is the self-normalised estimate of the negative phase,
     ``-sum_k w_k grad E(v_k)``, ``w = softmax(-E)``.
     """
-    support = _enumerated(base)
+    support = enumerated(base)
     if support is not None:
         value, log_prob = support
         # The second term is zero up to rounding; with it, a zero energy gives zero exactly.
@@ -253,43 +253,18 @@ def site_log_normalizer(
     return log_mean_exp(site_log_weights(base, energy, settings, name=name, seed=seed))
 
 
-def log_normalizer(
+def sampled_log_normalizer(
     base: Distribution,
-    energy: Energy | Callable[[Tensor], Tensor],
+    energy: Energy,
     *,
     method: str = "importance",
     num_samples: int = 16384,
     seed: int | None = None,
     strict: bool = False,
 ) -> Estimate:
-    r"""Estimate ``log Z = log E_{base}[exp(-E(v))]`` with its standard error.
+    """``log Z`` and its standard error from independent draws or Sobol points of the base.
 
-    ``"importance"``: ``logsumexp_k(-E(v_k)) - log K`` with delta-method error
-    ``sqrt((1/ess - 1/K))``, ess = effective sample size of the weights. ``"qmc"``: the mean of
-    32 independently scrambled Sobol nets, with the error between them.
-
-    Args:
-        base: distribution with batch_shape (*batch) and event_shape (*event).
-        energy: maps (..., *event) to (...).
-        method: one of ``"importance"``, ``"qmc"``.
-        num_samples: draws of the base in all.
-        seed: a number for the same answer twice; ``None`` uses the global generator.
-        strict: raise instead of warn when the estimate cannot be trusted.
-
-    Returns:
-        ``(value, se)``, each 0-d where all batch elements share one law, else (*batch).
-
-    Raises:
-        ValueError: unknown method, an energy of the wrong shape, a base without inverse cdf for qmc.
-        InferenceError: with ``strict``, where an :class:`InferenceWarning` would be given.
-
-    Example:
-        >>> import torch, pyro.distributions as dist
-        >>> from pyro_ebm import LinearEnergy, log_normalizer
-        >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
-        >>> value, se = log_normalizer(base, LinearEnergy([1.0, 0.0]), seed=0)
-        >>> bool(abs(value - 0.5) < 4 * se)
-        True
+    Arguments, result and errors of :func:`pyro_ebm.log_normalizer`.
     """
     energy = as_energy(energy)
     settings = Normalizer(method, num_samples)
@@ -299,21 +274,19 @@ def log_normalizer(
         else:
             log_weights = site_log_weights(base, energy, settings, name="the base", seed=seed)
             estimate = importance_estimate(log_weights)
-        if _enumerated(base) is not None and bool(estimate.value.isfinite().all()):
+        if enumerated(base) is not None and bool(estimate.value.isfinite().all()):
             return Estimate(estimate.value, torch.zeros_like(estimate.value))
-    warn_if_unreliable(log_weights, estimate, strict=strict, stacklevel=3)
+    warn_if_unreliable(log_weights, estimate, strict=strict)
     return estimate
 
 
-def warn_if_unreliable(
-    log_weights: Tensor, estimate: Estimate, *, strict: bool = False, stacklevel: int = 2
-) -> None:
+def warn_if_unreliable(log_weights: Tensor, estimate: Estimate, *, strict: bool = False) -> None:
     """Warn (raise with ``strict``) where log Z is not finite or its weights have Pareto k > 0.7."""
     problem = _problem(log_weights, estimate)
     if problem and strict:
         raise InferenceError(problem)
     if problem:
-        warnings.warn(problem, InferenceWarning, stacklevel=stacklevel)
+        warn_user(problem)
 
 
 def importance_estimate(log_weights: Tensor) -> Estimate:

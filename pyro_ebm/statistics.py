@@ -110,7 +110,7 @@ def psis(log_weights: Tensor | NDArray[Any]) -> tuple[Tensor, float]:
     kept = normalised[positive]
     enough = len(kept) >= _MIN_WEIGHTS
     tail = kept.sort().values[-_tail_length(len(kept)) :] if enough else kept
-    if tail.max() - tail.min() < 1e-6:  # fitting would raise on ArviZ 1.x and return inf on 0.23
+    if tail.max() - tail.min() < _rounding(original):  # fitting would raise on ArviZ 1.x and return inf on 0.23
         return normalised.to(original), 0.0
     if not enough:
         return normalised.to(original), math.inf
@@ -133,6 +133,13 @@ def importance_ess(log_weights: Tensor) -> Tensor:
         (*batch,), between 1 and the number of draws.
     """
     return (2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1)).exp()
+
+
+def _rounding(log_weights: Tensor) -> float:
+    """Differences of log weights, sums of larger terms, that are below what their precision can tell."""
+    finite = log_weights[log_weights.isfinite()].abs()
+    eps = torch.finfo(log_weights.dtype).eps if log_weights.is_floating_point() else 0.0
+    return max(1e-6, 8 * eps * float(finite.max()))
 
 
 def _tail_length(num_draws: int) -> int:

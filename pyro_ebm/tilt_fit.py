@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyro_ebm.checkpoints import read
 from pyro_ebm.inference.importance import posterior_draws
-from pyro_ebm.normalizers import is_exchangeable, log_normalizer
+from pyro_ebm.inference.log_normalizer import log_normalizer
+from pyro_ebm.normalizers import is_exchangeable
 from pyro_ebm.objectives.likelihood import TiltLikelihood, one_tilt
 from pyro_ebm.parameters import frozen
 from pyro_ebm.structure import prototype_trace

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_ebm.energies import Energy, as_energy
-from pyro_ebm.errors import InferenceWarning
+from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.draws import Estimate
 from pyro_ebm.normalizers import (
     Normalizer,
@@ -21,7 +20,7 @@ from pyro_ebm.normalizers import (
     checked_energy,
     energy_state,
     importance_estimate,
-    log_normalizer,
+    sampled_log_normalizer,
     site_log_normalizer,
 )
 from pyro_ebm.parameters import fingerprint
@@ -119,7 +118,7 @@ class TiltedDistribution(TorchDistribution):
 
     def log_normalizer(self, *, num_samples: int = 16384, seed: int | None = None) -> Estimate:
         """A fresh estimate of log Z and its standard error; see :func:`pyro_ebm.log_normalizer`."""
-        return log_normalizer(
+        return sampled_log_normalizer(
             self.base, self.energy, method=self.normalizer.method, num_samples=num_samples, seed=seed
         )
 
@@ -153,10 +152,8 @@ class TiltedDistribution(TorchDistribution):
         relative = importance_estimate(log_weights).se * math.sqrt(log_weights.shape[0])
         ess = (log_weights.shape[0] / (1 + relative**2)).min()
         if not bool(ess > 10):
-            warnings.warn(
+            warn_user(
                 f"sampling a TiltedDistribution: of {log_weights.shape[0]} candidates from the base only "
                 f"{float(ess):.1f} effective ones carry the weight, so {num} draws are mostly copies; the "
-                f"tilt is far from its base: sample it by MCMC, or weaken the energy",
-                InferenceWarning,
-                stacklevel=4,
+                f"tilt is far from its base: sample it by MCMC, or weaken the energy"
             )

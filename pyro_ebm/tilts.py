@@ -23,7 +23,7 @@ from pyro_ebm.normalizers import (
     checked_energy,
     energy_state,
     importance_estimate,
-    log_normalizer,
+    sampled_log_normalizer,
     site_log_normalizer,
     warn_if_unreliable,
 )
@@ -184,14 +184,14 @@ class TiltedModel(nn.Module):
             stream = int(torch.randint(2**31, ())) if seed is None else fingerprint((), seed, *group)
             if not _needs_forward(group, structure):
                 fn, energy = trace.nodes[group[0]]["fn"], self.energies[group[0]]
-                part = log_normalizer(fn, energy, num_samples=num_samples, seed=stream)
+                part = sampled_log_normalizer(fn, energy, num_samples=num_samples, seed=stream)
             else:
                 energies = {site: self.energies[site] for site in group}
                 log_weights = forward_log_weights(
                     self.base_model, args, kwargs, energies, structure, settings, seed=stream
                 )
                 part = importance_estimate(log_weights)
-                warn_if_unreliable(log_weights, part, stacklevel=4)
+                warn_if_unreliable(log_weights, part)
             value, variance = value + part.value, variance + part.se**2
         return Estimate(value, variance.sqrt())
 

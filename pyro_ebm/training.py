@@ -18,7 +18,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_ebm.checkpoints import load_weights, read, require_writable, save_weights
-from pyro_ebm.errors import CheckpointError, TrainingWarning
+from pyro_ebm.errors import CheckpointError, TrainingWarning, warn_user
 from pyro_ebm.parameters import evaluation_mode, forked_rng, modules_of
 from pyro_ebm.training_data import checked_data, checked_validation, split_data
 from pyro_ebm.training_run import NonFiniteError, Objective, Run
@@ -146,7 +146,7 @@ def fit(
                 run.load(saved, str(checkpoint))
             stopped, trouble = _loop(run, epochs, patience, checkpoint, checkpoint_every, progress)
     if trouble:
-        warnings.warn(trouble, TrainingWarning, stacklevel=2)
+        warn_user(trouble, TrainingWarning)
     past = run.progress
     return FitResult(
         past.train_loss, past.validation_loss, past.best_epoch, past.epoch, stopped, past.seconds, seed

@@ -32,7 +32,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
 
 SEED = 0
 # Names that third parties set in the environment while they run.
-FOREIGN_ENVIRONMENT = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_")
+FOREIGN_ENVIRONMENT = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
 
 
 def global_state() -> dict[str, Any]:

@@ -15,9 +15,9 @@ from pyro_ebm import (
     LinearEnergy,
     Normalizer,
     QuadraticEnergy,
-    log_normalizer,
 )
 from pyro_ebm.energies import as_energy, gaussian_log_normalizer
+from pyro_ebm.inference.log_normalizer import log_normalizer
 from pyro_ebm.normalizers import (
     base_parameters,
     importance_estimate,
@@ -391,8 +391,10 @@ def test_hard_walls_are_fine():
 
 def test_errors():
     base, energy = dist.Normal(torch.zeros(2), 1.0).to_event(1), LinearEnergy([0.5, 0.5])
-    with pytest.raises(ValueError, match=r"method must be one of \('importance', 'qmc'\), got 'mcmc'"):
+    with pytest.raises(ValueError, match=r"method must be one of \('importance', 'qmc', 'smc', 'ais'\), got 'mcmc'"):
         log_normalizer(base, energy, method="mcmc")
+    with pytest.raises(ValueError, match=r"method must be one of \('importance', 'qmc'\), got 'smc'"):
+        Normalizer("smc")
     with pytest.raises(ValueError, match="num_samples must be at least 2, got 1"):
         Normalizer(num_samples=1)
     with pytest.raises(TypeError, match="energy must be an Energy or a callable"):

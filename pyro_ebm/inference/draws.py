@@ -25,16 +25,19 @@ class Draws:
     """Draws of a model's latent sites, with what is needed to judge them.
 
     Draws of a Markov chain have ``log_weights is None``. Draws with ``log_weights`` are weighted
-    points (importance sampling, a quadrature grid): their order means nothing, and diagnostics of
-    chains (R-hat, autocorrelation) do not apply to them.
+    points (importance sampling, a quadrature grid, particles): their order means nothing, and
+    diagnostics of chains (R-hat, autocorrelation) do not apply to them. Four or more chains of weighted
+    points are islands: independent of each other, while the points of one island need not be.
 
     Args:
         values: site name -> tensor of shape (chain, draw, *site_shape), on the constrained scale.
         method: how they were made: ``"snis"``, ``"nuts"``, ``"hmc"``, ``"quadrature"``, ...
-        stats: statistic -> tensor (chain, draw); names as in ArviZ: ``lp``, ``diverging``,
-            ``acceptance_rate``, ``energy``, ``step_size``, ``n_steps``, ``tree_depth``.
+        stats: statistic -> tensor (chain, draw), or (chain, draw, *data) for data that are sampled each
+            on its own; names as in ArviZ: ``lp``, ``diverging``, ``acceptance_rate``, ``energy``,
+            ``step_size``, ``n_steps``, ``tree_depth``.
         log_weights: (chain, draw), normalised so that ``exp`` of them sums to one over all entries.
-        log_z: log of the normalising constant of the unnormalised target, with its standard error.
+        log_z: log of the normalising constant of the unnormalised target, with its standard error; one
+            number, or one for each datum.
         pareto_k: shape of the generalised Pareto tail of the weights (PSIS); above 0.7 do not trust.
         observed: observed site -> data, factor sites left out.
         dims: site -> names of the dimensions of ``site_shape``.
@@ -69,8 +72,11 @@ class Draws:
         if len(first) != 2 or any(shape != first for shape in leading.values()):
             raise ValueError(f"values must all begin with the same (chain, draw) shape, got {leading}")
         for name, stat in self.stats.items():
-            if tuple(stat.shape) != first:
-                raise ValueError(f"stats[{name!r}] must have shape {first} (chain, draw), got {tuple(stat.shape)}")
+            if tuple(stat.shape[:2]) != first:
+                raise ValueError(
+                    f"stats[{name!r}] must have shape {first} (chain, draw), or more dimensions after these, "
+                    f"got {tuple(stat.shape)}"
+                )
         if self.log_weights is not None and tuple(self.log_weights.shape) != first:
             raise ValueError(f"log_weights must have shape {first}, got {tuple(self.log_weights.shape)}")
 

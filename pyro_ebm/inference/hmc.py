@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,11 +15,10 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ebm.errors import InferenceError, InferenceWarning
+from pyro_ebm.inference.chain_report import report_chains
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.starting_points import StartingPoints
 from pyro_ebm.parameters import frozen, one_thread, random_stream
-from pyro_ebm.statistics import r_hat
 from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace
 from pyro_ebm.tilts import TiltedModel
 
@@ -242,7 +240,7 @@ class _Run:
         notes = {"init": rule, "interrupted": interrupted}
         seconds = time.perf_counter() - start
         draws = self._collect(chains, transforms, seconds, observed_sites(trace), notes)
-        _report(draws, self.strict, interrupted)
+        report_chains(draws, strict=self.strict, interrupted=interrupted)
         return draws
 
     def _chains(
@@ -322,34 +320,3 @@ def _usable(chains: list[_Chain]) -> list[_Chain]:
     if len(chains[0].params) <= chains[0].warmup:
         raise KeyboardInterrupt("interrupted during the warm-up of the first chain: there are no draws yet")
     return chains
-
-
-def _report(draws: Draws, strict: bool, interrupted: bool) -> None:
-    problems = []
-    divergences = int(draws.stats["diverging"].sum())
-    if divergences:
-        problems.append(
-            f"{divergences} of {draws.num_chains * draws.num_draws} transitions diverged: raise target_accept_prob "
-            f"towards 0.95 or reparametrise the model"
-        )
-    broken = sorted(name for name, value in draws.values.items() if not bool(value.isfinite().all()))
-    if broken:
-        problems.append(f"draws of {broken} are not finite: the density is improper (an energy unbounded below?)")
-    elif draws.num_chains > 1 and draws.num_draws >= 4:
-        worst = max(_worst_r_hat(value) for value in draws.values.values())
-        if worst > 1.05:
-            problems.append(
-                f"chains disagree (R-hat {worst:.2f} > 1.05): run longer, or start them from a good guide "
-                f'(init="importance", guide=...)'
-            )
-    if problems and strict:
-        raise InferenceError(f"{draws.method}: " + "; ".join(problems))
-    if interrupted:
-        problems.insert(0, f"interrupted: kept {draws.num_chains} chain(s) of {draws.num_draws} draws")
-    if problems:
-        warnings.warn(f"{draws.method}: " + "; ".join(problems), InferenceWarning, stacklevel=4)
-
-
-def _worst_r_hat(value: Tensor) -> float:
-    """The largest R-hat; entries that are the same in every draw have none."""
-    return max((float(x) for x in r_hat(value).ravel() if not math.isnan(x)), default=0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,11 +13,11 @@ from pyro import poutine
 from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
 
-from pyro_ebm.errors import InferenceError, InferenceWarning
+from pyro_ebm.errors import InferenceError, warn_user
 from pyro_ebm.inference.draws import Draws, Estimate
-from pyro_ebm.inference.log_density import keep_dims
+from pyro_ebm.inference.model_target import is_observed, keep_dims
 from pyro_ebm.normalizers import importance_estimate
-from pyro_ebm.parameters import evaluation_mode, random_stream
+from pyro_ebm.parameters import evaluation_mode, forked_rng, random_stream
 from pyro_ebm.statistics import importance_ess, psis
 from pyro_ebm.structure import latent_sites, observed_sites, padded_shape, plate_depth, prototype_trace
 from pyro_ebm.tilts import TiltedModel
@@ -26,6 +25,10 @@ from pyro_ebm.tilts import TiltedModel
 __all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws"]
 
 _CHUNK = 4096
+
+
+class DoesNotBroadcast(ValueError):
+    """A model that cannot be run for many draws at once."""
 
 
 class LogLikelihood(NamedTuple):
@@ -65,7 +68,7 @@ def importance(
         error, ``pareto_k`` and ``notes["ess"]``. Trust the weights below k = 0.7.
 
     Raises:
-        ValueError: no latent sites, or a guide that lacks one.
+        ValueError: no latent sites, a guide that lacks one, or a model that does not broadcast.
         InferenceError: with ``strict``, where an :class:`InferenceWarning` would be given.
 
     Reference:
@@ -75,6 +78,7 @@ def importance(
         raise ValueError(f"num_samples must be at least 2, got {num_samples}")
     start = time.perf_counter()
     sampler = _Importance(model, guide, args, kwargs)
+    sampler.check_broadcast()
     with random_stream(seed), torch.no_grad():
         chunks = [sampler.draw(min(_CHUNK, num_samples - k)) for k in range(0, num_samples, _CHUNK)]
     log_weights = torch.cat([chunk[0] for chunk in chunks])
@@ -84,7 +88,7 @@ def importance(
     if problem and strict:
         raise InferenceError(problem)
     if problem:
-        warnings.warn(problem, InferenceWarning, stacklevel=2)
+        warn_user(problem)
     seconds = time.perf_counter() - start
     return Draws(
         values=values,
@@ -117,7 +121,7 @@ class _Importance:
     ) -> None:
         self.model = model.unnormalized() if isinstance(model, TiltedModel) else model
         base = self.model.base_model if isinstance(self.model, TiltedModel) else self.model
-        self.guide = poutine.block(base, hide_fn=_is_observed) if guide is None else guide
+        self.guide = poutine.block(base, hide_fn=is_observed) if guide is None else guide
         self.args, self.kwargs = args, kwargs
         # The tilt changes no shapes: without it, a bad energy is seen in the weights and not here.
         trace = prototype_trace(base, args, kwargs)
@@ -126,6 +130,8 @@ class _Importance:
         self.shapes = {name: site["value"].shape for name, site in latent_sites(trace).items()}
         self.event_dims = {name: len(site["fn"].event_shape) for name, site in latent_sites(trace).items()}
         self.observed = observed_sites(trace)
+        plates = [site for site in trace.nodes.values() if "cond_indep_stack" in site]
+        self.subsampled = any(_subsampling_scale(site) != 1 for site in plates)
         if not self.shapes:
             raise ValueError("the model has no latent sample sites: nothing to sample")
         proposed = latent_sites(proposal)
@@ -135,6 +141,24 @@ class _Importance:
                 f"guide does not propose the latent site(s) {missing} (it has {sorted(proposed)}); "
                 f"every latent site of the model needs a proposal"
             )
+
+    @torch.no_grad()
+    def check_broadcast(self) -> None:
+        """Two draws at once must have the log densities that each has alone: a sum over all axes goes unnoticed."""
+        if self.subsampled:
+            return  # another part of the data each time
+        with forked_rng(0), evaluation_mode(self.model, self.guide), pyro.validation_enabled(False):
+            _, values, together = self.draw(2)
+            for row in range(2):
+                law = poutine.condition(self.model, data={site: value[row] for site, value in values.items()})
+                trace = poutine.trace(law).get_trace(*self.args, **self.kwargs)
+                trace.compute_log_prob()
+                alone = site_log_probs(trace, (-self.depth - 1,)).squeeze()
+                if not torch.allclose(together[row], alone, rtol=1e-3, atol=1e-3, equal_nan=True):
+                    raise DoesNotBroadcast(
+                        "the model does not broadcast: it gives other log probabilities for two draws at once than for "
+                        "each alone; sum over dim=-1 and let batch dimensions through, or use nuts()"
+                    )
 
     def traces(self, num_samples: int) -> tuple[Tensor, poutine.Trace, poutine.Trace]:
         # Infinite and NaN weights are reported once, with their cause, and not by each site.
@@ -162,10 +186,6 @@ class _Importance:
             values[name] = value.expand(num_samples, *padded).reshape(num_samples, *shape)
         log_prob = site_log_probs(model_trace, (-self.depth - 1,))
         return log_weights.reshape(num_samples), values, log_prob.expand(num_samples)
-
-
-def _is_observed(site: Mapping[str, Any]) -> bool:
-    return site["type"] == "sample" and site["is_observed"]
 
 
 def site_log_probs(trace: poutine.Trace, keep: tuple[int, ...], *, per_datum: bool = False) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_ebm.errors import InferenceWarning
+from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.normalizers import checked_energy
 from pyro_ebm.parameters import evaluation_mode, random_stream
@@ -162,9 +161,7 @@ def _check_weights(log_weights: Tensor) -> None:
     worst = int(log_weights.softmax(0).square().sum(0).argmax())
     _, k = psis(log_weights[:, worst])
     if k > 0.7:
-        warnings.warn(
+        warn_user(
             f"predictive draws of a tilted model: the weights exp(-E) of forward runs are not reliable (Pareto k = "
-            f"{k:.2f} > 0.7); draw the tilted sites by MCMC and pass them as draws=",
-            InferenceWarning,
-            stacklevel=4,
+            f"{k:.2f} > 0.7); draw the tilted sites by MCMC and pass them as draws="
         )

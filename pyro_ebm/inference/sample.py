@@ -2,58 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.distributions import Distribution
+
+from pyro_ebm.inference.auto import auto
+from pyro_ebm.inference.batched_hmc import ChEES
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.hmc import hmc, nuts
 from pyro_ebm.inference.importance import importance
+from pyro_ebm.inference.kernel import Kernel
+from pyro_ebm.inference.langevin import MALA, ULA
+from pyro_ebm.inference.log_density import LogDensity
+from pyro_ebm.inference.mcmc import MCMC
+from pyro_ebm.inference.smc import SMC
+from pyro_ebm.inference.until import Target, importance_until, run_until
 
 __all__ = ["METHODS", "sample"]
 
-METHODS = ("snis", "nuts", "hmc")
+_KERNELS: dict[str, type[Kernel]] = {"chees": ChEES, "mala": MALA, "ula": ULA}
+_CHAINS = {"snis": 4, "nuts": 4, "hmc": 4, "smc": 8}  # the others: 64, a batch that costs little more than one
+# Arguments of the methods' own functions that sample() itself gives.
+_GIVEN = {"model", "target", "args", "kwargs", "guide", "num_samples", "num_chains", "seed", "began", "disable_progbar"}
+METHODS = ("auto", "snis", "nuts", "hmc", *_KERNELS, "smc")
 
 
 def sample(
     model: Callable[..., Any],
     *args: Any,
-    method: str,
+    method: str = "auto",
     guide: Callable[..., Any] | None = None,
-    num_samples: int = 1000,
-    num_chains: int = 4,
+    num_samples: int | None = None,
+    num_chains: int | None = None,
+    ess: float | None = None,
+    max_seconds: float | None = None,
     seed: int | None = None,
     **options: Any,
 ) -> Draws:
     """Sample a model's latent sites by the named method.
 
+    ========  ==============================================================================================
+    method    what runs
+    ========  ==============================================================================================
+    auto      importance sampling, kept if k < 0.5 and the ESS asked for is reached; else SMC into ChEES
+    snis      :func:`importance`, ``num_samples * num_chains`` weighted draws
+    nuts      Pyro's NUTS, chains one after another
+    hmc       Pyro's HMC, chains one after another
+    chees     :class:`ChEES`, chains as one batch
+    mala      :class:`MALA`, chains as one batch
+    ula       :class:`ULA`, chains as one batch; biased
+    smc       :class:`SMC`, ``num_chains`` islands of ``num_samples`` weighted particles
+    ========  ==============================================================================================
+
     Args:
-        model: a Pyro model, tilted or not.
+        model: a Pyro model, tilted or not; for batched chains and SMC a distribution or :class:`LogDensity` too.
         *args: its arguments.
-        method: ``"snis"`` (:func:`importance`), ``"nuts"`` or ``"hmc"`` (Pyro's kernels).
+        method: one of the table.
         guide: proposal for importance sampling, and for the starting points of chains.
-        num_samples: draws per chain; ``"snis"`` makes ``num_samples * num_chains`` weighted ones.
-        num_chains: chains.
-        seed: a number for the same draws twice; ``None`` uses the global generator.
-        **options: further arguments of the method's own function, which rejects unknown ones.
+        num_samples: draws per chain, 1,000 by default; with ``ess`` and with ``"auto"`` the most that may be drawn.
+        num_chains: 64 for batched chains, 8 islands of SMC, 4 elsewhere by default.
+        ess: sample until every component of every site has this bulk ESS and an R-hat below 1.01 (importance
+            sampling: until the weights are worth so many draws), or a limit is spent;
+            ``notes["stopped"]`` says which. Not for nuts, hmc and smc. For ``"auto"`` 1,000 by default.
+        max_seconds: the limit of time with ``ess``, and with ``"auto"``; 60 by default. A warm-up is not cut short.
+        seed: a number for the same draws twice; ``None`` uses the global generator. (What time stops is not
+            the same twice.)
+        **options: further arguments of the method's own function or classes, which reject unknown ones;
+            ``progress`` and ``model_kwargs`` everywhere.
 
     Returns:
-        Draws; the same type whatever the method.
+        Draws; the same type whatever the method. ``notes`` holds what was done, and, for ``"auto"``, why.
 
     Raises:
-        ValueError: unknown method.
-        TypeError: an option that the method does not have.
+        ValueError: unknown method, impossible counts, ``ess`` with a method that cannot go on, or
+            ``max_seconds`` without ``ess``.
+        TypeError: an option that the method does not have, a model of the wrong kind.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if method == "snis":
-        model_kwargs = options.pop("model_kwargs", None) or {}
-        unknown = sorted(set(options) - {"strict"})  # importance() would pass them on to the model
-        if unknown:
-            raise TypeError(f'method="snis" takes the options strict and model_kwargs, got {unknown}')
-        return importance(
-            model, guide, *args, num_samples=num_samples * num_chains, seed=seed, **options, **model_kwargs
+    if isinstance(model, LogDensity | Distribution) and method not in (*_KERNELS, "smc"):
+        raise TypeError(
+            f'model must be a Pyro model for method="{method}", got {type(model).__name__}; sample it in a model, '
+            f"pyro.sample(name, distribution), or use one of {(*_KERNELS, 'smc')}"
         )
-    sampler = nuts if method == "nuts" else hmc
-    return sampler(
-        model, *args, guide=guide, num_samples=num_samples, num_chains=num_chains, seed=seed, **options
+    if num_chains is not None and num_chains < 1:
+        raise ValueError(f"num_chains must be at least 1, got {num_chains}")
+    began = time.perf_counter()
+    kwargs = dict(options.pop("model_kwargs", None) or {})
+    _refuse_unknown(method, options)
+    target = _target(method, ess, max_seconds, num_samples)
+    if method == "auto":
+        return auto(model, guide, target, args, kwargs, num_chains=num_chains, seed=seed, began=began, **options)  # type: ignore[arg-type]
+    if target is not None and method in ("nuts", "hmc", "smc"):
+        raise ValueError(
+            f'ess= needs a method that can go on: "auto", "snis", "chees", "mala" or "ula", got method={method!r}; '
+            f"give num_samples="
+        )
+    limited = num_samples is not None
+    num_samples = 1000 if num_samples is None else num_samples
+    num_chains = _CHAINS.get(method, 64) if num_chains is None else num_chains
+    if method == "snis":
+        total = num_samples * num_chains
+        options.pop("progress", None)
+        if target is None:
+            return importance(model, guide, *args, num_samples=total, seed=seed, **options, **kwargs)
+        target = dataclasses.replace(target, max_draws=total if limited else None)
+        return importance_until(model, guide, target, args, kwargs, seed=seed, began=began, **options)
+    if method in ("nuts", "hmc"):
+        sampler = nuts if method == "nuts" else hmc
+        shared: dict[str, Any] = {"guide": guide, "num_samples": num_samples, "num_chains": num_chains}
+        return sampler(model, *args, seed=seed, model_kwargs=kwargs, **shared, **options)
+    options["disable_progbar"] = not options.pop("progress", True)
+    if method == "smc":
+        smc = SMC(model, num_particles=num_samples, num_islands=num_chains, guide=guide, seed=seed, **options)
+        return smc.run(*args, **kwargs)
+    mcmc = _mcmc(method, model, options, num_samples=num_samples, num_chains=num_chains, guide=guide, seed=seed)
+    return mcmc.run(*args, **kwargs) if target is None else run_until(mcmc, target, args, kwargs, began=began)
+
+
+def _target(method: str, ess: float | None, max_seconds: float | None, num_samples: int | None) -> Target | None:
+    if ess is None and method != "auto":
+        if max_seconds is not None:
+            raise ValueError(f"max_seconds={max_seconds} is the limit of ess=: give both, or num_samples=")
+        return None
+    return Target(
+        1000.0 if ess is None else ess,
+        max_seconds=60.0 if max_seconds is None else max_seconds,
+        max_draws=num_samples,
     )
+
+
+def _mcmc(method: str, model: Callable[..., Any], options: dict[str, Any], **settings: Any) -> MCMC:
+    """The kernel of the method with its options, and the runner with the others."""
+    kernel = _KERNELS[method]
+    fields = _kernel_options(kernel)
+    of_kernel = {name: value for name, value in options.items() if name in fields}
+    of_runner = {name: value for name, value in options.items() if name not in fields}
+    return MCMC(kernel(model, **of_kernel), **settings, **of_runner)
+
+
+def _kernel_options(kernel: type[Kernel]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kernel)} - {"target"}
+
+
+def _known(method: str) -> set[str]:
+    """The options of a method beyond those that all have."""
+    if method in _KERNELS:
+        return _kernel_options(_KERNELS[method]) | _arguments(MCMC) - {"kernel"}
+    if method == "snis":
+        return {"strict"}  # importance() would pass others on to the model
+    functions: dict[str, Callable[..., Any]] = {"auto": auto, "nuts": nuts, "hmc": hmc, "smc": SMC}
+    return _arguments(functions[method])
+
+
+def _arguments(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters) - _GIVEN
+
+
+def _refuse_unknown(method: str, options: Mapping[str, Any]) -> None:
+    known = _known(method) | {"progress", "model_kwargs"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f'method="{method}" has no option {unknown}; it takes {sorted(known)}')

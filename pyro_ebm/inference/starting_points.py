@@ -14,7 +14,7 @@ from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
 from pyro_ebm.errors import InferenceWarning
-from pyro_ebm.inference.importance import importance
+from pyro_ebm.inference.importance import DoesNotBroadcast, importance
 
 __all__ = ["INITS", "StartingPoints"]
 
@@ -77,6 +77,8 @@ class StartingPoints:
             try:
                 pool = importance(self.model, guide, *self.args, num_samples=_POOL, **self.kwargs)
                 values = pool.resample(self.num_chains)
+            except DoesNotBroadcast:
+                return None
             except (RuntimeError, ValueError, IndexError, TypeError):
                 if guide is not None:
                     raise

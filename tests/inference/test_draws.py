@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pyro_ebm import Draws
+from pyro_ebm import Draws, Estimate
 
 
 def weighted():
@@ -79,6 +79,16 @@ def test_resample_from_a_generator_leaves_the_global_one_alone(rng_untouched):
 def test_wrong_shapes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Draws(method="nuts", **arguments)
+
+
+def test_statistics_and_log_z_may_be_per_datum():
+    stats = {"acceptance_rate": torch.zeros(2, 3, 7), "lp": torch.zeros(2, 3)}
+    log_z = Estimate(torch.zeros(7), torch.ones(7))
+    draws = Draws({"z": torch.zeros(2, 3, 7)}, "chees", stats=stats, log_z=log_z)
+    assert draws.stats["acceptance_rate"].shape == (2, 3, 7)
+    assert draws.log_z.value.shape == (7,)
+    with pytest.raises(ValueError, match=r"stats\['lp'\] must have shape \(2, 3\) .*, got \(3, 2, 7\)"):
+        Draws({"z": torch.zeros(2, 3, 7)}, "chees", stats={"lp": torch.zeros(3, 2, 7)})
 
 
 def test_unknown_site_lists_those_there_are():

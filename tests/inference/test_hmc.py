@@ -29,6 +29,7 @@ from pyro_ebm import (
     quadrature,
     tilt,
 )
+from pyro_ebm.inference.chain_report import report_chains
 from pyro_ebm.statistics import ess_bulk, mcse_mean
 
 # Runs as short as most of these often have an R-hat above 1.05.
@@ -438,7 +439,7 @@ def test_impossible_counts(method, options, message):
 
 def test_divergences_in_the_funnel():
     options = {"num_samples": 60, "warmup_steps": 30, "num_chains": 2, **quiet}
-    options |= {"target_accept_prob": 0.3, "max_tree_depth": 5}
+    options |= {"target_accept_prob": 0.3, "max_tree_depth": 5, "seed": 1}
     with pytest.warns(InferenceWarning, match=r"nuts: \d+ of 120 transitions diverged: raise target_accept_prob"):
         draws = nuts(funnel, **options)
     count = int(draws.stats["diverging"].sum())
@@ -471,10 +472,10 @@ def test_chains_that_are_each_stuck():
     draws = Draws(
         values={"z": torch.tensor([1.0, 2.0])[:, None].expand(2, 20)},
         method="nuts",
-        stats={"diverging": torch.zeros(2, 20, dtype=torch.bool)},
+        stats={"diverging": torch.zeros(2, 20, dtype=torch.bool), "acceptance_rate": torch.ones(2, 20)},
     )
     with pytest.warns(InferenceWarning, match="chains disagree"):
-        module._report(draws, False, False)
+        report_chains(draws, strict=False, interrupted=False)
 
 
 def test_good_draws_are_silent(method):
@@ -485,8 +486,8 @@ def test_good_draws_are_silent(method):
 
 def test_entries_that_never_vary_are_no_disagreement():
     values = {"chol": torch.tensor([[1.0, 0.0], [0.0, 1.0]]).expand(2, 100, 2, 2), "z": torch.randn(2, 100)}
-    stats = {"diverging": torch.zeros(2, 100, dtype=torch.bool)}
-    module._report(Draws(values=values, method="nuts", stats=stats), True, False)
+    stats = {"diverging": torch.zeros(2, 100, dtype=torch.bool), "acceptance_rate": torch.ones(2, 100)}
+    report_chains(Draws(values=values, method="nuts", stats=stats), strict=True, interrupted=False)
 
 
 def test_draws_that_run_away():

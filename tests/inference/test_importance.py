@@ -287,3 +287,12 @@ def test_no_latent_sites():
 def test_too_few_draws(num_samples):
     with pytest.raises(ValueError, match=f"num_samples must be at least 2, got {num_samples}"):
         importance(prior, num_samples=num_samples)
+
+
+def test_a_model_that_sums_over_all_draws_is_refused():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("pull", (2 * z).sum())  # the sum of all draws, the same for each: weights would come out equal
+
+    with pytest.raises(ValueError, match="the model does not broadcast: .* sum over dim=-1"):
+        importance(model, None, num_samples=100, seed=0)

@@ -413,3 +413,169 @@ def test_a_model_that_breaks_on_chains_says_so():
 def test_a_distribution_with_a_batch_is_refused():
     with pytest.raises(ValueError, match=r"batch_shape \(\), got \(3,\); use to_event"):
         LogDensity.from_distribution(dist.Normal(torch.zeros(3), 1.0))
+
+
+# Models that only work for one chain
+
+
+def for_one_chain(y):
+    """Indexes from the left, and a scalar inside a matrix."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    s = pyro.sample("s", dist.Gamma(2.0, 1.0))
+    with pyro.plate("data", len(y), dim=-1):
+        x = pyro.sample("x", dist.Normal(z[0], 1.0))
+        pyro.sample("y", dist.Normal(x + z[1], s), obs=y)
+
+
+def test_vmap_serves_a_model_that_does_not_broadcast():
+    with pytest.raises(ValueError, match=r'at site x .*\(after site \'s\'\); index from the right .* vectorize="vmap"'):
+        LogDensity.from_model(for_one_chain, Y)
+    density = LogDensity.from_model(for_one_chain, Y, vectorize="vmap")
+    u = points(density)
+    z, log_s, x = u[:, :2], u[:, 2], u[:, 3:]
+    expected = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + dist.Gamma(2.0, 1.0).log_prob(log_s.exp()) + log_s
+    expected = expected + dist.Normal(z[:, :1], 1.0).log_prob(x).sum(-1)
+    expected = expected + dist.Normal(x + z[:, 1:], log_s.exp()[:, None]).log_prob(Y).sum(-1)
+    torch.testing.assert_close(density(u), expected)
+    moved = torch.tensor([1e-2, 0, 0, 0, 0, 0])
+    slope = (density(u + moved) - density(u - moved)) / 2e-2
+    torch.testing.assert_close(density.value_and_grad(u)[1][:, 0], slope, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("independent", [None, "data"])
+def test_vmap_is_the_plate(independent):
+    x = Y[:, None]
+    plate = LogDensity.from_model(gaussian_data, x, independent=independent)
+    vmap = LogDensity.from_model(gaussian_data, x, independent=independent, vectorize="vmap")
+    u = points(plate)
+    torch.testing.assert_close(vmap(u), plate(u))
+    for a, b in zip(vmap.value_and_grad(u), plate.value_and_grad(u), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(vmap.constrain(u)["z"], plate.constrain(u)["z"])
+
+
+def test_vmap_cannot_serve_every_model():
+    def branching():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if z > 0:
+            pyro.factor("f", z)
+
+    with pytest.raises(ValueError, match="vmap.* cannot serve this model either; use method=\"nuts\""):
+        LogDensity.from_model(branching, vectorize="vmap")
+    with pytest.raises(ValueError, match=r"vectorize must be one of \('plate', 'vmap'\), got 'loop'"):
+        LogDensity.from_model(branching, vectorize="loop")
+
+
+def test_a_model_that_broadcasts_to_something_else_is_found_out():
+    """A column of a matrix for one chain, a row of it for several: shapes fit, numbers differ."""
+
+    def column():
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 3), 1.0).to_event(2))
+        pyro.factor("f", -w[:, 0].pow(2).sum(-1))
+
+    with pytest.raises(ValueError, match="site 'f' gives other log probabilities for two chains at once than for each"):
+        LogDensity.from_model(column)
+    density = LogDensity.from_model(column, vectorize="vmap")
+    u = points(density)
+    expected = dist.Normal(0.0, 1.0).log_prob(u).sum(-1) - u.reshape(5, 3, 3)[:, :, 0].pow(2).sum(-1)
+    torch.testing.assert_close(density(u), expected)
+
+
+def test_chains_that_are_mixed_are_found_out():
+    def centred():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", z - z.mean())
+
+    with pytest.raises(ValueError, match="site 'f' gives other log probabilities"):
+        LogDensity.from_model(centred)
+
+
+def test_a_support_that_moves_is_refused():
+    """A fixed transform would cut the values of a chain at the bound another run happened to have."""
+
+    def bounded():
+        b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
+        pyro.sample("z", dist.Uniform(0.0, b))
+
+    for vectorize in ("plate", "vmap"):
+        with pytest.raises(ValueError, match=r"support of site 'z' \(Uniform\) depends on other latent sites"):
+            LogDensity.from_model(bounded, vectorize=vectorize)
+
+
+# The prior and guides as proposals
+
+
+def guide(x):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(x.expand(-1, 2), torch.tensor([0.5, 2.0])).to_event(1))
+
+
+@pytest.mark.parametrize("independent", [None, "data"])
+@pytest.mark.parametrize("vectorize", ["plate", "vmap"])
+def test_proposals_are_densities_at_the_same_points(independent, vectorize):
+    x = Y[:, None]
+    tilted = tilt(gaussian_data, {"z": LinearEnergy([1.0, 0.5])})
+    density = LogDensity.from_model(tilted, x, independent=independent, vectorize=vectorize)
+    u = points(density)
+    z = u.reshape(5, 3, 2)
+    prior = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    proposed = dist.Normal(x, torch.tensor([0.5, 2.0])).log_prob(z).sum(-1)
+    for proposal, expected in ((density.proposal(), prior), (density.proposal(guide), proposed)):
+        torch.testing.assert_close(proposal(u), expected if independent else expected.sum(-1))
+
+
+@pytest.mark.parametrize("independent", [None, "data"])
+@pytest.mark.parametrize("vectorize", ["plate", "vmap"])
+def test_proposals_draw_from_their_law(independent, vectorize):
+    x = Y[:, None]
+    density = LogDensity.from_model(gaussian_data, x, independent=independent, vectorize=vectorize)
+    for proposal, loc, scale in ((None, torch.zeros(3, 1), torch.ones(2)), (guide, x, torch.tensor([0.5, 2.0]))):
+        u = density.proposal(proposal).draw(4000)
+        assert u.shape == (4000, *density.batch, density.dim)
+        z = u.reshape(4000, 3, 2)
+        assert ((z.mean(0) - loc).abs() < 4.5 * scale / 4000**0.5).all()
+        torch.testing.assert_close(z.std(0), scale.expand(3, 2), rtol=0.07, atol=0.0)
+
+
+def test_proposals_of_constrained_sites():
+    """Draws and density belong together: both with the Jacobian."""
+
+    def model():
+        pyro.sample("s", dist.Gamma(3.0, 2.0))
+        pyro.sample("p", dist.Dirichlet(torch.tensor([2.0, 3.0])))
+
+    for vectorize in ("plate", "vmap"):
+        density = LogDensity.from_model(model, vectorize=vectorize)
+        proposal = density.proposal()
+        u = proposal.draw(2000)
+        torch.testing.assert_close(proposal(u), density(u))
+        moments = torch.stack([density.constrain(u)["s"], density.constrain(u)["p"][:, 0]]).double()
+        exact, sd = torch.tensor([1.5, 0.4]), torch.tensor([0.75**0.5, 0.2])
+        assert ((moments.mean(1) - exact).abs() < 4.5 * sd / 2000**0.5).all()
+
+
+def test_what_cannot_be_drawn_from():
+    density = LogDensity.from_model(gaussian_data, Y[:, None])
+    with pytest.raises(ValueError, match="only a proposal .a prior or a guide. can be drawn from; use a sampler"):
+        density.draw(3)
+    with pytest.raises(ValueError, match=r"guide does not propose the latent site\(s\) \['z'\] \(it has \['w'\]\)"):
+        density.proposal(lambda x: pyro.sample("w", dist.Normal(0.0, 1.0)))
+    with pytest.raises(ValueError, match="made from a function: it has no prior and no guide"):
+        LogDensity(lambda u: u.sum(-1), 1).proposal()
+
+
+@pytest.mark.parametrize("independent", [None, "groups"])
+def test_unconstrained_values_are_packed_into_points(independent):
+    def model(y):
+        with pyro.plate("groups", len(y), dim=-2):
+            pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+            with pyro.plate("repeats", 2, dim=-1):
+                pyro.sample("s", dist.LogNormal(0.0, 1.0))
+
+    density = LogDensity.from_model(model, torch.randn(4, 2), independent=independent)
+    flat = {"p": torch.randn(5, 4, 1, 2), "s": torch.randn(5, 4, 2)}
+    u = density.target.pack(flat)
+    assert u.shape == (5, *density.batch, density.dim)
+    values = density.constrain(u)
+    torch.testing.assert_close(values["s"], flat["s"].exp())
+    torch.testing.assert_close(values["p"], torch.distributions.biject_to(dist.Dirichlet.support)(flat["p"]))

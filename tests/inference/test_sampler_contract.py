@@ -10,19 +10,36 @@ import pytest
 import torch
 
 from pyro_ebm import Draws, QuadraticEnergy, hmc, importance, nuts, quadrature, sample, tilt
+from pyro_ebm.inference.batched_hmc import HMC, ChEES
+from pyro_ebm.inference.langevin import MALA, ULA
+from pyro_ebm.inference.mcmc import MCMC
 
 # Runs this short cannot be trusted, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_ebm.InferenceWarning")
 
 FAST = {"num_samples": 8, "warmup_steps": 6, "num_chains": 2, "progress": False}
+
+
+def batched(kernel):
+    def run(model, *args, seed=None):
+        return MCMC(kernel(model), 8, 6, num_chains=2, seed=seed, disable_progbar=True).run(*args)
+
+    return run
+
+
 SAMPLERS = {
     "importance": lambda model, *args, seed=None: importance(model, None, *args, num_samples=50, seed=seed),
     "nuts": lambda model, *args, seed=None: nuts(model, *args, seed=seed, **FAST),
     "hmc": lambda model, *args, seed=None: hmc(model, *args, seed=seed, **FAST),
     "sample": lambda model, *args, seed=None: sample(model, *args, method="nuts", seed=seed, **FAST),
     "quadrature": lambda model, *args, seed=None: quadrature(model, *args, num_points=33),
+    "chees": batched(ChEES),
+    "batched_hmc": batched(HMC),
+    "mala": batched(MALA),
+    "ula": batched(ULA),
 }
-SHAPES = {"importance": (1, 50), "nuts": (2, 8), "hmc": (2, 8), "sample": (2, 8)}
+CHAINS = ("nuts", "hmc", "sample", "chees", "batched_hmc", "mala", "ula")
+SHAPES = {"importance": (1, 50), **dict.fromkeys(CHAINS, (2, 8))}
 RANDOM = list(SHAPES)
 
 
@@ -89,7 +106,7 @@ def test_without_a_seed_the_global_generator_advances(name):
     assert not torch.equal(first.values["z"], second.values["z"])
 
 
-@pytest.mark.parametrize("name", ["nuts", "hmc"])
+@pytest.mark.parametrize("name", CHAINS)
 def test_chains_are_independent(name):
     values = SAMPLERS[name](target(), torch.full((1, 1), 0.5), seed=0).values["z"]
     assert not torch.equal(values[0], values[1])

@@ -1,0 +1,151 @@
+"""The front door to log Z of a tilted distribution: four ways to estimate it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution, biject_to, constraints
+
+from pyro_ebm.energies import Energy, as_energy
+from pyro_ebm.inference.ais import BoundedEstimate, annealed_importance
+from pyro_ebm.inference.draws import Estimate
+from pyro_ebm.inference.smc import SMC
+from pyro_ebm.normalizers import METHODS as SAMPLED
+from pyro_ebm.normalizers import enumerated, is_exchangeable, sampled_log_normalizer
+from pyro_ebm.tilts import TiltedModel, tilt
+
+__all__ = ["METHODS", "log_normalizer"]
+
+METHODS = (*SAMPLED, "smc", "ais")
+_NUM_SAMPLES = {"importance": 16384, "qmc": 16384, "smc": 8192, "ais": 1024}
+_ISLANDS = 8
+
+
+def log_normalizer(
+    base: Distribution,
+    energy: Energy | Callable[[Tensor], Tensor],
+    *,
+    method: str = "importance",
+    num_samples: int | None = None,
+    seed: int | None = None,
+    strict: bool = False,
+) -> Estimate:
+    r"""Estimate ``log Z = log E_{base}[exp(-E(v))]`` with its standard error.
+
+    ``"importance"``: ``logsumexp_k(-E(v_k)) - log K`` with delta-method error
+    ``sqrt((1/ess - 1/K))``, ess = effective sample size of the weights. ``"qmc"``: the mean of
+    32 independently scrambled Sobol nets, with the error between them. For a tilt far from its base: ``"smc"``, the
+    estimate of :class:`SMC` on 8 islands, and ``"ais"``, which adds a lower and an upper bound
+    (:func:`annealed_importance`).
+
+    Args:
+        base: distribution with batch_shape (*batch) and event_shape (*event); for ``"smc"`` and ``"ais"``
+            continuous and, where batch elements differ in law, with one batch dimension.
+        energy: maps (..., *event) to (...).
+        method: one of ``"importance"``, ``"qmc"``, ``"smc"``, ``"ais"``.
+        num_samples: draws of the base in all, 16,384 by default; particles (8,192); chains in each
+            direction (1,024).
+        seed: a number for the same answer twice; ``None`` uses the global generator.
+        strict: raise instead of warn when the estimate cannot be trusted.
+
+    Returns:
+        ``(value, se)``, each 0-d where all batch elements share one law, else (*batch); with ``"ais"`` also
+        ``.lower`` and ``.upper``. Finitely many values of the base are summed exactly whatever the method.
+
+    Raises:
+        ValueError: unknown method, an energy of the wrong shape, a base that the method cannot serve.
+        InferenceError: with ``strict``, where an :class:`InferenceWarning` would be given.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> from pyro_ebm import LinearEnergy
+        >>> from pyro_ebm.inference.log_normalizer import log_normalizer
+        >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> value, se = log_normalizer(base, LinearEnergy([1.0, 0.0]), seed=0)
+        >>> bool(abs(value - 0.5) < 4 * se)
+        True
+    """
+    energy = as_energy(energy)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    num = _NUM_SAMPLES[method] if num_samples is None else num_samples
+    if method in SAMPLED:
+        return sampled_log_normalizer(
+            base, energy, method=method, num_samples=num, seed=seed, strict=strict
+        )
+    while isinstance(base, MaskedDistribution):  # masks hide log probabilities; the law is the same
+        base = base.base_dist
+    if enumerated(base) is not None:
+        exact = sampled_log_normalizer(base, energy, strict=strict)
+        return BoundedEstimate(*exact, exact.value, exact.value) if method == "ais" else exact
+    model, independent = _tilted_model(base, energy, method)
+    options: dict[str, Any] = {"independent": independent, "seed": seed, "disable_progbar": True, "strict": strict}
+    if method == "ais":
+        return annealed_importance(model, num_chains=num, **options)
+    islands = min(_ISLANDS, max(num // 2, 1))
+    draws = SMC(model, num_particles=max(num // islands, 2), num_islands=islands, **options).run()
+    return Estimate(*(torch.as_tensor(part).to(draws.values["v"]) for part in draws.log_z))  # type: ignore[union-attr]
+
+
+def _tilted_model(base: Distribution, energy: Energy, method: str) -> tuple[TiltedModel, str | None]:
+    """The tilted base as a model, and the plate whose elements have a log Z each."""
+    try:
+        biject_to(base.support)
+    except NotImplementedError:
+        raise ValueError(
+            f"method={method!r} needs a continuous base on a support that torch can map to real numbers, got "
+            f'{type(base).__name__}; use method="importance"'
+        ) from None
+    if is_exchangeable(base):
+        single = _OneElement(base) if base.batch_shape else base
+        return tilt(lambda: pyro.sample("v", single), {"v": energy}, normalize=False), None
+    if len(base.batch_shape) > 1:
+        raise ValueError(
+            f"method={method!r} needs a base with one batch dimension where batch elements differ in law, got "
+            f'batch_shape {tuple(base.batch_shape)}; flatten it, use to_event(), or method="importance"'
+        )
+
+    def model() -> None:
+        with pyro.plate("elements", base.batch_shape[0], dim=-1):
+            pyro.sample("v", base)
+
+    return tilt(model, {"v": energy}, normalize=False), "elements"
+
+
+class _OneElement(TorchDistribution):
+    """One batch element of a distribution whose elements all have the same law."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (torch's own attribute)
+
+    def __init__(self, base: Distribution) -> None:
+        self.base = base
+        transform = biject_to(base.support)
+        if transform.forward_shape(transform.inverse_shape(base.event_shape)) != base.event_shape:
+            raise ValueError(
+                f"base has a support for each element of its batch_shape {tuple(base.batch_shape)}; give the law of "
+                f'one element, or use method="importance"'
+            )
+        super().__init__(torch.Size(), base.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.base.support  # type: ignore[return-value]
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008  (torch's own signature)
+        shape = torch.Size(sample_shape)
+        repeats = math.ceil(shape.numel() / self.base.batch_shape.numel())
+        values = self.base.sample(torch.Size([repeats])).reshape(-1, *self.event_shape)
+        return values[: shape.numel()].reshape(shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        lead = value.shape[: value.ndim - len(self.event_shape)]
+        ones = torch.Size([1] * len(self.base.batch_shape))
+        every = self.base.log_prob(value.reshape(lead + ones + self.event_shape))
+        return every.reshape(*lead, -1)[..., 0]

@@ -1,0 +1,187 @@
+"""Sample until the draws are worth so many: bulk ESS as a target instead of a number of draws."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.inference.chains import Chains
+from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.importance import importance
+from pyro_ebm.inference.mcmc import MCMC
+from pyro_ebm.statistics import ess_bulk, r_hat
+
+__all__ = ["Target", "importance_until", "judged", "reported", "run_until"]
+
+_FIRST, _LEAST = 50, 4  # draws per chain before the first look; when the warm-up has spent all time
+_FIRST_IMPORTANCE = 4000
+_MAX_IMPORTANCE = 2_000_000
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked for, and what may be spent on it.
+
+    Args:
+        ess: the bulk ESS that every component of every site must reach.
+        max_r_hat: the R-hat that none may exceed.
+        max_seconds: of wall-clock time in all.
+        max_draws: per chain.
+        max_k: the Pareto k above which importance sampling is given up.
+    """
+
+    ess: float
+    max_r_hat: float = 1.01
+    max_seconds: float = 60.0
+    max_draws: int | None = None
+    max_k: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name in ("ess", "max_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_draws is not None and self.max_draws < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.max_draws}")
+
+
+def run_until(mcmc: MCMC, target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, began: float) -> Draws:
+    """Run batched chains until the target is met or a limit spent; ``notes["stopped"]`` says which.
+
+    Args:
+        mcmc: the runner; its ``num_samples`` does not matter.
+        target: what to reach.
+        args: the model's arguments.
+        kwargs: its keyword arguments.
+        began: ``time.perf_counter()`` when the time allowed began to run.
+
+    Warns:
+        InferenceWarning: when a limit was spent before the target was met.
+    """
+
+    def drive(chains: Chains) -> dict[str, Any]:
+        return _extend_until(chains, target, mcmc.thin, began)
+
+    return reported(mcmc.run_with(drive, args, kwargs), target, strict=mcmc.strict)
+
+
+def _extend_until(chains: Chains, target: Target, thin: int, began: float) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    more = _FIRST if time.perf_counter() - began < target.max_seconds else _LEAST
+    while True:
+        if target.max_draws is not None:
+            more = min(more, target.max_draws - len(chains.record))
+        chains.extend(more, thin=thin)
+        done, looked = len(chains.record), time.perf_counter()
+        try:
+            found = {"num_samples": done, **judged(chains.record.values(chains.density), target)}
+        except KeyboardInterrupt:  # while looking: the draws are there
+            chains.interrupted = True
+        now = time.perf_counter()
+        # The next look has more to look at, and so has the report at the end.
+        left = target.max_seconds - (now - began) - 4 * (now - looked)
+        if chains.interrupted:
+            return {"ess": math.nan, "r_hat": math.nan, **found, "stopped": "interrupted"}
+        if found["stopped"] == "target":
+            return found
+        if left <= 0:
+            return {**found, "stopped": "max_seconds"}
+        if target.max_draws is not None and done >= target.max_draws:
+            return found
+        pace = max(chains.sampling_seconds / done, 1e-9)
+        more = max(1, math.ceil(min(done * _growth(found, target), left / pace)))
+
+
+def _growth(found: Mapping[str, Any], target: Target) -> float:
+    """How many more draws, as a share of those there are: what seems to be missing, at most as many again."""
+    short = [target.ess / found["ess"], (found["r_hat"] - 1) / (target.max_r_hat - 1)]  # both fall as 1 / draws
+    missing = max((factor for factor in short if not math.isnan(factor)), default=2.0)
+    return min(max(1.2 * missing - 1, 0.25), 1.0)
+
+
+def judged(values: Mapping[str, Tensor], target: Target) -> dict[str, Any]:
+    """The smallest bulk ESS and the largest R-hat over all components that are not constant.
+
+    ``stopped`` is ``"target"`` where they meet it, ``"num_samples"`` where they do not (yet). One chain has no
+    R-hat, and meets it by its ESS; values that are not finite never meet it.
+    """
+    ess, worst = math.nan, math.nan
+    if all(bool(value.isfinite().all()) for value in values.values()):
+        sizes = torch.cat([torch.as_tensor(ess_bulk(value)).flatten() for value in values.values()])
+        hats = torch.cat([torch.as_tensor(r_hat(value)).flatten() for value in values.values()])
+        ess, worst = _extreme(sizes, torch.min), _extreme(hats, torch.max)
+    single = all(len(value) == 1 for value in values.values())
+    met = ess >= target.ess and (single or worst < target.max_r_hat)
+    return {"stopped": "target" if met else "num_samples", "ess": ess, "r_hat": worst, "target_ess": target.ess}
+
+
+def _extreme(numbers: Tensor, choose: Callable[[Tensor], Tensor]) -> float:
+    numbers = numbers[~numbers.isnan()]
+    return float(choose(numbers)) if len(numbers) else math.nan
+
+
+def reported(draws: Draws, target: Target, *, strict: bool) -> Draws:
+    """The draws, after a warning (an error with ``strict``) where a limit was spent first."""
+    stopped = draws.notes["stopped"]
+    if stopped not in ("max_seconds", "num_samples"):
+        return draws
+    limit = f"max_seconds={target.max_seconds:g}" if stopped == "max_seconds" else f"num_samples={draws.num_draws}"
+    message = (
+        f"{draws.method}: stopped by {limit} with {'' if draws.log_weights is not None else 'bulk '}"
+        f"ESS {draws.notes['ess']:.0f} (asked for {target.ess:g})"
+    )
+    if "r_hat" in draws.notes:
+        message += f" and R-hat {draws.notes['r_hat']:.3f} (at most {target.max_r_hat:g})"
+    message += '; allow more, or try another method ("smc" where there are several modes)'
+    if strict:
+        raise InferenceError(message)
+    warn_user(message)
+    return draws
+
+
+def importance_until(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    target: Target,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    seed: int | None,
+    began: float,
+    strict: bool = False,
+) -> Draws:
+    """Importance sampling with as many draws as it takes; ``notes["stopped"]`` says what ended it.
+
+    A Pareto k above ``target.max_k`` ends it too (``"pareto_k"``): more draws would not help, and the ESS of
+    such weights says nothing.
+
+    Warns:
+        InferenceWarning: when a limit was spent before the target was met, or the weights cannot be trusted.
+    """
+    limit = _MAX_IMPORTANCE if target.max_draws is None else max(target.max_draws, 2)
+    num = int(min(max(4 * target.ess, 2000), _FIRST_IMPORTANCE, limit))
+    while True:
+        started = time.perf_counter()
+        draws = importance(model, guide, *args, num_samples=num, seed=seed, strict=strict, **kwargs)
+        ess, now = draws.notes["ess"], time.perf_counter()
+        # Each round draws anew: so many fit into the time left.
+        fitting = int(num * max(target.max_seconds - (now - began), 0.0) / max(now - started, 1e-9))
+        if draws.pareto_k is None or not draws.pareto_k <= target.max_k:
+            stopped = "pareto_k"
+        elif ess >= target.ess:
+            stopped = "target"
+        elif num >= limit:
+            stopped = "num_samples"
+        elif fitting <= num:
+            stopped = "max_seconds"
+        else:
+            num = min(math.ceil(1.2 * num * target.ess / ess), limit, fitting)
+            continue
+        notes = {**draws.notes, "stopped": stopped, "target_ess": target.ess}
+        return reported(replace(draws, seconds=now - began, notes=notes), target, strict=strict)

@@ -1,0 +1,352 @@
+"""The method that chooses: what it keeps, what it tries next, and what it says about it."""
+
+from __future__ import annotations
+
+import types
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm import InferenceError, InferenceWarning, LinearEnergy, compare, importance, nuts, sample, tilt, to_arviz
+from pyro_ebm.inference import auto, until
+from pyro_ebm.statistics import ess_bulk, r_hat
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*chains disagree:pyro_ebm.InferenceWarning")
+QUIET = {"seed": 0, "progress": False}
+FAR = torch.full((30,), 6 / 30**0.5)
+
+
+def prior(dim):
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
+
+    return model
+
+
+def tilted(*a):
+    return tilt(prior(len(a)), {"z": LinearEnergy(list(a))})
+
+
+def scores(y, *, noise=0.5):
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+        pyro.sample("y", dist.Normal(z, noise), obs=y)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer particles and a shorter warm-up, where only the road taken matters."""
+    monkeypatch.setattr(auto, "_PARTICLES", 128)
+    monkeypatch.setattr(auto, "_WARMUP", 40)
+    monkeypatch.setattr(auto, "_CHAINS", 16)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The clock of auto.py and until.py, which stands still: no road depends on how busy the machine is."""
+    now = types.SimpleNamespace(seconds=0.0, pace=0.0)
+
+    def tick():
+        now.seconds += now.pace
+        return now.seconds
+
+    fake = types.SimpleNamespace(perf_counter=tick)
+    monkeypatch.setattr(auto, "time", fake)
+    monkeypatch.setattr(until, "time", fake)
+    monkeypatch.setattr("pyro_ebm.inference.sample.time", fake)
+    return now
+
+
+@pytest.fixture(scope="module")
+def far():
+    """A target that importance sampling cannot reach, of which everything is known."""
+    with torch.random.fork_rng(devices=[]):
+        return sample(tilted(*FAR.tolist()), max_seconds=3600.0, **{**QUIET, "seed": 1})
+
+
+def steps(draws):
+    assert all(isinstance(step, str) and "\n" not in step for step in draws.notes["auto"])
+    return draws.notes["auto"]
+
+
+def test_importance_sampling_is_kept_where_it_is_good_enough():
+    draws = sample(tilted(0.8, 0.0), ess=500, **QUIET)
+    assert draws.method == "snis" and draws.notes["stopped"] == "target"
+    assert draws.pareto_k < 0.5 and draws.notes["ess"] >= 500
+    (step,) = steps(draws)
+    assert step.startswith(f"snis: Pareto k {draws.pareto_k:.2f}, ESS {draws.notes['ess']:.0f} of 2000 draws: kept")
+    same = importance(tilted(0.8, 0.0), num_samples=2000, seed=0)
+    assert torch.equal(draws.values["z"], same.values["z"])
+    assert abs(float(draws.log_z.value) - 0.32) < 4 * float(draws.log_z.se)
+    assert sample(tilted(0.8, 0.0), **QUIET).notes["target_ess"] == 1000  # the default
+
+
+def test_what_comes_after_bad_weights(far):
+    assert far.method == "chees" and far.log_weights is None and far.num_chains == 64
+    first, second, third = steps(far)
+    assert first.startswith("snis: Pareto k ") and first.endswith("not kept (k >= 0.5)")
+    assert second.startswith("smc: 4 islands of 512 particles, ") and "log Z 1" in second
+    assert third.startswith(f"chees: 64 chains of {far.num_draws} draws from the particles; bulk ESS ")
+    assert third.endswith("as asked for") and far.notes["stopped"] == "target" and far.notes["init"] == "given"
+
+
+def test_the_answer_is_right(far):
+    values = far.values["z"].double()
+    sizes, hats = torch.as_tensor(ess_bulk(values)), torch.as_tensor(r_hat(values))
+    assert sizes.min() >= 1000 and hats.max() < 1.01
+    error = (values.flatten(0, 1).mean(0) - FAR) * sizes.sqrt()
+    assert error.abs().max() < 4 and error.square().mean() < 2
+    variance = values.flatten(0, 1).var(0)
+    assert ((variance - 1).abs() < 4 * (2 / sizes.clamp(max=5000)).sqrt()).all()
+    assert abs(float(far.log_z.value) - 18.0) < 5 * max(float(far.log_z.se), 0.02)  # |a|^2 / 2; 4 islands
+
+
+def test_the_result_goes_everywhere(far):
+    easy = sample(tilted(*[0.05] * 30), **QUIET)
+    assert easy.method == "snis"
+    table = compare({"far": far, "easy": easy})
+    assert list(table["verdict"]) == ["ok", "ok"]
+    assert table.loc["far", "log_z"] == pytest.approx(float(far.log_z.value))
+    tree = to_arviz(far)
+    assert tree["posterior"]["z"].shape == (64, far.num_draws, 30)
+    assert "as asked for" in tree["posterior"].attrs["notes"]
+
+
+def test_smc_counts(far):
+    """Gradients and seconds are those of all that was run."""
+    chains = far.num_chains * int(far.stats["n_steps"][0].sum())
+    warm_up = 64 * auto._WARMUP
+    assert far.num_gradients > chains + warm_up + 13 * 2048
+    assert far.seconds > far.sampling_seconds > 0
+
+
+def test_good_weights_that_are_too_few(small, clock):
+    """Their k is fine, and 300 draws are all that is allowed."""
+    with pytest.warns(InferenceWarning, match="chees: stopped by num_samples=30 with bulk ESS"):
+        draws = sample(tilted(1.0, 0.0), ess=5000, num_samples=30, num_chains=10, **QUIET)
+    first, _, third = steps(draws)
+    assert " of 300 draws: not kept (ESS < 5000)" in first
+    assert third.startswith("chees: 10 chains of 30 draws") and third.endswith("no more draws allowed")
+    assert draws.num_draws == 30 and draws.num_chains == 10 and draws.notes["stopped"] == "num_samples"
+    with pytest.raises(InferenceError, match="chees: "):
+        sample(tilted(1.0, 0.0), ess=5000, num_samples=30, num_chains=10, strict=True, **QUIET)
+
+
+def test_importance_sampling_has_a_quarter_of_the_time(small, clock, monkeypatch):
+    def slowly(*args, num_samples, **kwargs):
+        clock.seconds += num_samples / 4000
+        return importance(*args, num_samples=num_samples, **kwargs)
+
+    monkeypatch.setattr(until, "importance", slowly)
+    draws = sample(tilted(1.2, 0.0), ess=7000, max_seconds=20.0, num_chains=64, **QUIET)
+    assert " of 16000 draws: not kept (ESS < 7000)" in steps(draws)[0] and draws.method == "chees"
+    assert clock.seconds == pytest.approx(5.0)
+
+
+def test_weights_of_middling_quality_are_not_drawn_again_and_again(small, monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["num_samples"])
+        return importance(*args, **kwargs)
+
+    monkeypatch.setattr(until, "importance", counted)
+    draws = sample(tilted(2.0, 0.0), ess=4000, **QUIET)
+    assert calls == [4000] and draws.method == "chees" and "not kept (k >= 0.5)" in steps(draws)[0]
+
+
+def test_independent_data(small):
+    y = torch.linspace(-2.0, 2.0, 5)
+    draws = sample(scores, y, independent="data", ess=300, model_kwargs={"noise": 1.0}, **QUIET)
+    assert steps(draws)[0] == "snis: not tried (one set of weights cannot serve all of independent='data')"
+    assert draws.stats["acceptance_rate"].shape == (16, draws.num_draws, 5) and draws.log_z.value.shape == (5,)
+    exact = dist.Normal(torch.zeros(5), 2.0**0.5).log_prob(y)
+    assert ((draws.log_z.value - exact).abs() < 6 * draws.log_z.se.clamp(min=0.02)).all()
+    error = (draws.mean("z") - y / 2) * (2 * torch.as_tensor(ess_bulk(draws.values["z"]))).sqrt()
+    assert error.abs().max() < 4
+    assert compare({"auto": draws}).loc["auto", "chains"] == 16 and "posterior" in to_arviz(draws)
+
+
+@pytest.mark.parametrize("given, found", [(None, 12), (9, 9)])
+def test_chains_each_for_many_data(small, monkeypatch, given, found):
+    monkeypatch.setattr(auto, "_POINTS", 36)  # in all
+    draws = sample(scores, torch.zeros(3), independent="data", ess=50, num_chains=given, **QUIET)
+    assert draws.num_chains == found
+
+
+def test_vmap(small):
+    draws = sample(sums, vectorize="vmap", ess=300, **QUIET)
+    assert steps(draws)[0] == "snis: not tried (it needs a model that broadcasts, not vectorize='vmap')"
+    assert draws.method == "chees"
+    assert ((draws.mean("z") - 2.0).abs() < 4 / draws.notes["ess"] ** 0.5).all()
+
+
+def discrete():
+    c = pyro.sample("c", dist.Bernoulli(0.5))
+    z = pyro.sample("z", dist.Normal(3 * c, 1.0))
+    pyro.sample("y", dist.Normal(z, 0.02), obs=torch.tensor(2.5))
+
+
+def sums():
+    """A sum over chains too, which no error betrays: all weights become equal."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.factor("f", (2 * z).sum())
+
+
+def picks():
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(z[0], 0.05), obs=torch.tensor(1.5))
+
+
+SHORT = {"num_samples": 12, "num_chains": 2, "ess": 20, **QUIET}
+
+
+@pytest.mark.filterwarnings("ignore:nuts. stopped by num_samples:pyro_ebm.InferenceWarning")
+@pytest.mark.parametrize(
+    "model, first, second",
+    [
+        (discrete, "snis: Pareto k", "batched chains: not possible (site 'c' is discrete (Bernoulli)"),
+        (sums, "snis: not possible (DoesNotBroadcast: the model does not", "site 'f' gives other log prob"),
+        (picks, "snis: ", "batched chains: not possible (the model does not broadcast over chains"),
+    ],
+    ids=["discrete", "sums", "picks"],
+)
+def test_models_for_chains_one_by_one(monkeypatch, model, first, second):
+    seen = {}
+
+    def short(*args, **kwargs):
+        seen.update(kwargs)
+        return nuts(*args, warmup_steps=10, **kwargs)
+
+    monkeypatch.setattr(auto, "nuts", short)
+    draws = sample(model, **SHORT)
+    assert draws.method == "nuts" and draws.num_chains == 2 and draws.num_draws == 12
+    told = steps(draws)
+    assert told[0].startswith(first) and second in told[1] and "Pyro's NUTS instead" in told[1]
+    starts = "importance" if model is discrete else "uniform"
+    assert told[2].startswith(f"nuts: 2 chains of 12 draws from {starts} starts; bulk ESS ")
+    assert draws.notes["stopped"] in ("target", "num_samples") and draws.notes["target_ess"] == 20
+    assert seen["seed"] == 0 and not seen["progress"] and seen["guide"] is None
+
+
+def test_nuts_that_falls_short_says_so(monkeypatch):
+    monkeypatch.setattr(auto, "nuts", lambda *args, **kwargs: nuts(*args, warmup_steps=10, **kwargs))
+    with pytest.warns(InferenceWarning, match="nuts: stopped by num_samples=12 with bulk ESS"):
+        sample(discrete, **{**SHORT, "ess": 1e6})
+    with pytest.raises(InferenceError, match="nuts: "):
+        sample(discrete, strict=True, **{**SHORT, "ess": 1e6})
+
+
+def test_discrete_sites_and_good_weights():
+    """Importance sampling needs no gradient."""
+
+    def model():
+        c = pyro.sample("c", dist.Poisson(2.0))
+        pyro.sample("y", dist.Normal(c, 2.0), obs=torch.tensor(2.5))
+
+    draws = sample(model, ess=100, **QUIET)
+    assert draws.method == "snis" and set(draws.values) == {"c"}
+
+
+@pytest.mark.parametrize("trouble", [InferenceError("stuck at inverse temperature 0.1"), None])
+def test_smc_that_fails(small, monkeypatch, trouble):
+    """The chains start as chains without SMC do; doubts of an SMC that does not fail are told."""
+
+    def failing(self, *args, **kwargs):
+        raise trouble
+
+    if trouble:
+        monkeypatch.setattr(auto.SMC, "run", failing)
+    else:
+        monkeypatch.setattr("pyro_ebm.inference.smc._MAX_SE", 0.0)
+    draws = sample(tilted(2.5, 0.0), ess=200, **QUIET)
+    _, second, third = steps(draws)
+    if trouble:
+        assert second == "smc: failed (stuck at inverse temperature 0.1)"
+        assert "from importance starts" in third and draws.log_z is None
+    else:
+        assert second.startswith("smc: 4 islands") and "; but log Z is uncertain by" in second
+        assert "from the particles" in third
+    assert draws.method == "chees" and draws.notes["stopped"] == "target"
+
+
+@pytest.mark.parametrize("pace, step", [(0.2, "smc: 4 islands of "), (10.0, "smc: not tried (about ")])
+def test_an_smc_that_would_take_too_long(small, clock, monkeypatch, pace, step):
+    """One evaluation of all particles tells: with 0.2 s there is time for some, with 10 s for none."""
+    value_and_grad = auto.LogDensity.value_and_grad
+
+    def slowly(self, u):
+        clock.seconds += pace * len(u) / 512
+        return value_and_grad(self, u)
+
+    monkeypatch.setattr(auto.LogDensity, "value_and_grad", slowly)
+    draws = sample(tilted(2.5, 0.0), ess=100, num_chains=16, max_seconds=100.0, **QUIET)
+    second = steps(draws)[1]
+    assert second.startswith(step)
+    if pace < 1:
+        assert 64 <= int(second.split()[4]) < 128
+
+
+def test_the_time_allowed_ends_the_chains(small, clock, monkeypatch):
+    extend = until.Chains.extend
+
+    def slowly(self, num_draws, *, thin=1):
+        extend(self, num_draws, thin=thin)
+        clock.seconds += num_draws
+        self.sampling_seconds = float(len(self.record))
+
+    monkeypatch.setattr(until.Chains, "extend", slowly)
+    with pytest.warns(InferenceWarning, match="chees: stopped by max_seconds=70 with bulk ESS"):
+        draws = sample(tilted(2.5, 0.0), ess=1e6, max_seconds=70.0, **QUIET)
+    assert steps(draws)[-1].endswith(": no time left") and draws.num_draws == 70 == draws.seconds
+
+
+def test_ctrl_c(small, monkeypatch):
+    count = until.Chains._count
+
+    def interrupting(self, info, phase):
+        count(self, info, phase)
+        if phase == "draws" and len(self.record) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(until.Chains, "_count", interrupting)
+    with pytest.warns(InferenceWarning, match="interrupted: kept 16"):
+        draws = sample(tilted(2.5, 0.0), ess=1e5, **QUIET)
+    assert draws.num_draws == 20 and steps(draws)[-1].endswith(": interrupted") and draws.log_z is not None
+
+
+def test_seeds(small, rng_untouched):
+    with rng_untouched():
+        first, again, other = (
+            sample(tilted(2.5), ess=50, progress=False, seed=seed) for seed in (1, 1, 2)
+        )
+    assert torch.equal(first.values["z"], again.values["z"]) and not torch.equal(first.values["z"], other.values["z"])
+    assert first.notes["auto"] == again.notes["auto"]
+
+
+def test_without_a_seed(small):
+    first, second = (sample(tilted(0.5), ess=100, progress=False) for _ in range(2))
+    assert not torch.equal(first.values["z"], second.values["z"])
+
+
+def test_a_guide_helps_everywhere(small):
+    def near():
+        pyro.sample("z", dist.Normal(torch.tensor([4.0, 0.0]), 1.1).to_event(1))
+
+    draws = sample(tilted(4.0, 0.0), guide=near, ess=1000, **QUIET)
+    assert draws.method == "snis" and draws.notes["proposal"] == "guide"
+
+    def useless():
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="guide does not propose"):
+        sample(tilted(4.0, 0.0), guide=useless, **QUIET)
+
+
+def test_mistakes_of_the_model_are_its_own(small):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'y'"):
+        sample(scores, **QUIET)
+    with pytest.raises(ValueError, match="independent='rows' is not a plate"):
+        sample(scores, torch.zeros(3), independent="rows", **QUIET)
