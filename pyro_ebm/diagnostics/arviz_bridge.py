@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pyro_ebm
 from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.mcmc import MCMC as BatchedMCMC
 from pyro_ebm.statistics import arviz_is_1x, quiet_import
 from pyro_ebm.structure import observed_sites, prototype_trace
 
@@ -29,7 +30,7 @@ _Arrays = Mapping[str, "Tensor | np.ndarray"]
 
 
 def to_arviz(
-    draws: Draws | MCMC,
+    draws: Draws | MCMC | BatchedMCMC,
     *,
     prior: _Arrays | None = None,
     posterior_predictive: _Arrays | None = None,
@@ -43,14 +44,17 @@ def to_arviz(
     Weighted draws are marked as such: attribute ``weighted`` of the posterior group is 1, and
     ``sample_stats`` holds their normalised ``log_weight``. ArviZ itself ignores weights: pass it
     ``Draws.resample`` where it should not. Factor sites (empty entries) are left out everywhere.
+    Statistics of data that are sampled each on its own, (chain, draw, *data), share the names of their
+    further dimensions: those of the sites where ``dims`` names them, else ``datum``. What of ArviZ reads
+    divergences and energies wants one datum at a time: ``tree.sel(datum=3)``.
 
     Args:
-        draws: of this library, or a ``pyro.infer.MCMC`` after its ``run``.
+        draws: of this library, or an ``MCMC``, Pyro's or ours, after its ``run``.
         prior: site -> (sample, *site_shape), for example from ``Predictive``. Sites that are not among
             the posterior's go to group ``prior_predictive``, as ArviZ wants it.
         posterior_predictive: site -> (sample, *site_shape).
         observed_data: site -> data; added to those of the draws or of the MCMC's model.
-        dims: site -> names of the dimensions of its site_shape; added to those of the draws.
+        dims: site or statistic -> names of its dimensions after (chain, draw); added to those of the draws.
         coords: dimension name -> labels; added to those of the draws.
         keep_warmup: whether to include ``draws.warmup`` when there is one.
 
@@ -65,6 +69,8 @@ def to_arviz(
     """
     # Predictive(model, mcmc.get_samples()) keeps the order of the draws, chain after chain
     paired = None
+    if isinstance(draws, BatchedMCMC):
+        draws = draws.draws
     if not isinstance(draws, Draws):
         draws = _draws_of_mcmc(draws)
         paired = (draws.num_chains, draws.num_draws)
@@ -80,9 +86,10 @@ def to_arviz(
     groups["prior"] = {name: value for name, value in chained.items() if name in draws.values}
     groups["prior_predictive"] = {name: value for name, value in chained.items() if name not in draws.values}
     groups["observed_data"] = {**draws.observed, **(observed_data or {})}
+    named = {**draws.dims, **(dims or {})}
     return _container(
         groups,
-        dims={**draws.dims, **(dims or {})},
+        dims={**_data_dims(draws, named), **named},
         coords={**draws.coords, **(coords or {})},
         attrs={"posterior": _attributes(draws)},
     )
@@ -215,6 +222,20 @@ def _stats(draws: Draws) -> dict[str, Tensor]:
     return {**draws.stats, **weights}
 
 
+def _data_dims(draws: Draws, dims: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Dimensions that all statistics by datum share; none where they are not of one shape."""
+    by_datum = {name: tuple(stat.shape[2:]) for name, stat in draws.stats.items() if stat.ndim > 2}
+    shapes = set(by_datum.values())
+    if len(shapes) != 1:
+        return {}
+    (shape,) = shapes
+    fits = [site for site, value in draws.values.items() if site in dims and value.shape[2 : 2 + len(shape)] == shape]
+    found = {tuple(dims[site])[: len(shape)] for site in fits if not isinstance(dims[site], str)}
+    default = ("datum",) if len(shape) == 1 else tuple(f"datum_{i}" for i in range(len(shape)))
+    names = found.pop() if len(found) == 1 else default
+    return dict.fromkeys(by_datum, names) if len(names) == len(shape) else {}
+
+
 def _attributes(draws: Draws) -> dict[str, Any]:
     """Numbers and strings only: NetCDF knows neither bool nor None."""
     attrs: dict[str, Any] = {
@@ -231,14 +252,15 @@ def _attributes(draws: Draws) -> dict[str, Any]:
     if draws.pareto_k is not None:
         attrs["pareto_k"] = float(draws.pareto_k)
     if draws.log_z is not None:
-        attrs["log_z"], attrs["log_z_se"] = (_numpy(torch.as_tensor(x)).squeeze()[()] for x in draws.log_z)
+        # one number, or one for each datum: an attribute in NetCDF has one dimension at most
+        attrs["log_z"], attrs["log_z_se"] = (_numpy(torch.as_tensor(x).flatten()).squeeze()[()] for x in draws.log_z)
     return attrs
 
 
 def _draws_of_mcmc(mcmc: MCMC) -> Draws:
     """What a stock MCMC object remembers of its run."""
     if not isinstance(mcmc, MCMC):
-        raise TypeError(f"draws must be a Draws or a pyro.infer.MCMC, got {type(mcmc).__name__}")
+        raise TypeError(f"draws must be a Draws or an MCMC (Pyro's or ours), got {type(mcmc).__name__}")
     if mcmc._samples is None:
         raise ValueError("draws: this MCMC has no samples; call its run(...) first")
     values = {name: value.detach() for name, value in mcmc._samples.items()}

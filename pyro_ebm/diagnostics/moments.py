@@ -1,4 +1,4 @@
-"""First and second moments of draws with their standard errors: of chains, weighted draws and grids."""
+"""Moments of draws with their standard errors, and what the draws are worth: of chains, weighted draws and grids."""
 
 from __future__ import annotations
 
@@ -9,10 +9,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm import statistics
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.statistics import mcse_mean
+from pyro_ebm.statistics import importance_ess, mcse_mean
 
-__all__ = ["Moments", "component_names", "components", "error_in_se", "is_exact", "moments"]
+__all__ = [
+    "MIN_ISLANDS",
+    "Moments",
+    "bulk_ess",
+    "component_names",
+    "components",
+    "error_in_se",
+    "has_islands",
+    "is_exact",
+    "moments",
+    "tail_ess",
+]
+
+MIN_ISLANDS = 4  # fewer say next to nothing about how much islands differ
 
 
 class Moments(NamedTuple):
@@ -29,6 +43,11 @@ class Moments(NamedTuple):
 def is_exact(draws: Draws) -> bool:
     """Whether the draws are the points of a grid: weighted, and without Monte Carlo error."""
     return draws.method == "quadrature"
+
+
+def has_islands(draws: Draws) -> bool:
+    """Whether errors come from the variation between islands: weighted draws in four or more chains."""
+    return draws.log_weights is not None and draws.num_chains >= MIN_ISLANDS and not is_exact(draws)
 
 
 def components(draws: Draws, sites: Iterable[str]) -> Tensor:
@@ -50,24 +69,75 @@ def component_names(draws: Draws, sites: Iterable[str]) -> list[str]:
 def moments(draws: Draws, sites: Iterable[str]) -> Moments:
     r"""Estimate ``E[x]`` and ``E[x^2]`` of every scalar component.
 
-    The standard error is ArviZ's ``mcse_mean`` for chains, zero for a grid, and for weighted draws
-    :math:`\sqrt{\sum_i w_i^2 (x_i - \bar x)^2}` (Owen 2013, Monte Carlo theory, section 9.2). It is NaN
-    where it cannot be estimated, and zero for a component that never changes.
+    The standard error is ArviZ's ``mcse_mean`` for chains and zero for a grid. For weighted draws of
+    fewer than four chains, taken as independent, it is the root of
+    :math:`\sum_i w_i^2 (x_i - \bar x)^2`. With four or more, the chains are islands: independent of each
+    other, while the points of one may share ancestors. What they differ by is then the error,
+
+    .. math:: se^2 = \frac{R}{R - 1} \sum_{r=1}^R \Bigl(\sum_{i \in r} w_i (x_i - \bar x)\Bigr)^2,
+
+    known with :math:`R - 1` degrees of freedom. The error is NaN where it cannot be estimated, and zero
+    for a component that never changes.
+
+    Reference:
+        Owen (2013), Monte Carlo theory, methods and examples, sections 2.7 and 9.2 (ratio estimates).
     """
     x = components(draws, sites)
-    x = torch.cat([x, x**2], -1)
+    parts = [_mean_and_error(draws, part) for part in (x, x**2)]
+    return Moments(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def bulk_ess(draws: Draws, x: Tensor) -> Tensor:
+    r"""Effective number of draws for the mean of each component.
+
+    ArviZ's ``ess_bulk`` for chains; NaN for a grid. Weighted draws: :math:`1 / \sum w^2`; on islands the
+    variance divided by the squared standard error of :func:`moments`, at most that. The smallest of many
+    components is then on the low side: with R islands each has a relative error of
+    :math:`\sqrt{2 / (R - 1)}`.
+
+    Args:
+        draws: what ``x`` was made of.
+        x: :func:`components` of them, shape (chain, draw, component).
+
+    Returns:
+        Shape (component,).
+    """
+    if is_exact(draws):
+        return x.new_full(x.shape[2:], torch.nan)
     if draws.log_weights is None:
-        flat = x.flatten(0, 1)
-        se = torch.as_tensor(mcse_mean(x))
-        constant = (flat == flat[:1]).all(0)
-        sd = flat.std(0) if len(flat) > 1 else torch.full_like(flat[0], torch.nan)
-        return Moments(flat.mean(0), torch.where(constant, 0.0, se), sd)
-    weights = draws.log_weights.detach().cpu().double().flatten().softmax(0)[:, None]
-    x = x.flatten(0, 1)
-    mean = (weights * x).sum(0)
-    centred = (x - mean) ** 2
-    se = torch.zeros_like(mean) if is_exact(draws) else (weights**2 * centred).sum(0).sqrt()
-    return Moments(mean, se, (weights * centred).sum(0).sqrt())
+        return torch.as_tensor(statistics.ess_bulk(x))
+    weights = _weights(draws)
+    limit = importance_ess(weights.log().flatten())
+    if not has_islands(draws):
+        return limit.expand(x.shape[2:])
+    centred = x - (weights * x).sum((0, 1))
+    size = (weights * centred**2).sum((0, 1)) / _squared_error(draws, weights * centred)
+    return torch.where(_constant(x), torch.nan, size.clamp(max=limit))
+
+
+def tail_ess(draws: Draws, x: Tensor) -> Tensor:
+    r"""Effective number of draws for the 5 % and the 95 % quantile (the smaller) of each component.
+
+    As :func:`bulk_ess`; for weighted draws :math:`p (1 - p) / se^2` of the weighted share ``p`` of draws
+    below the quantile.
+    """
+    if is_exact(draws):
+        return x.new_full(x.shape[2:], torch.nan)
+    if draws.log_weights is None:
+        return torch.as_tensor(statistics.ess_tail(x))
+    weights = _weights(draws)
+    ordered, order = x.flatten(0, 1).sort(0)
+    cumulative = weights.flatten()[order].cumsum(0)
+    sizes = []
+    for prob in (0.05, 0.95):
+        index = (cumulative < prob).sum(0).clamp(max=len(ordered) - 1)
+        below = (x <= ordered.gather(0, index[None])[0]).double()
+        p = (weights * below).sum((0, 1))
+        sizes.append(p * (1 - p) / _squared_error(draws, weights * (below - p)))
+    smaller = torch.fmin(*sizes)
+    if has_islands(draws):
+        smaller = smaller.clamp(max=importance_ess(weights.log().flatten()))
+    return torch.where(_constant(x), torch.nan, smaller)
 
 
 def error_in_se(estimate: Moments, reference: Moments) -> Tensor:
@@ -80,3 +150,36 @@ def error_in_se(estimate: Moments, reference: Moments) -> Tensor:
     size = reference.mean.abs() + reference.sd.nan_to_num()
     exact = torch.where(difference <= 1e-6 * size, 0.0, torch.inf)
     return torch.where(se > 1e-9 * size, difference / se, torch.where(se.isnan(), torch.nan, exact))
+
+
+def _mean_and_error(draws: Draws, x: Tensor) -> Moments:
+    """Of the components themselves: mean, its standard error, and standard deviation, each (component,)."""
+    if draws.log_weights is None:
+        flat = x.flatten(0, 1)
+        se = torch.where(_constant(x), 0.0, torch.as_tensor(mcse_mean(x)))
+        sd = flat.std(0) if len(flat) > 1 else torch.full_like(flat[0], torch.nan)
+        return Moments(flat.mean(0), se, sd)
+    weights = _weights(draws)
+    mean = (weights * x).sum((0, 1))
+    centred = x - mean
+    se = torch.zeros_like(mean) if is_exact(draws) else _squared_error(draws, weights * centred).sqrt()
+    return Moments(mean, se, (weights * centred**2).sum((0, 1)).sqrt())
+
+
+def _weights(draws: Draws) -> Tensor:
+    """Normalised weights in float64, shape (chain, draw, 1)."""
+    logs: Tensor = draws.log_weights  # type: ignore[assignment]
+    logs = logs.detach().cpu().double()
+    return logs.flatten().softmax(0).reshape(*logs.shape, 1)
+
+
+def _squared_error(draws: Draws, residuals: Tensor) -> Tensor:
+    """Of a weighted mean with residuals ``w_i (x_i - mean)``, shape (chain, draw, component)."""
+    if has_islands(draws):
+        count = len(residuals)
+        return count / (count - 1) * residuals.sum(1).square().sum(0)
+    return residuals.square().sum((0, 1))
+
+
+def _constant(x: Tensor) -> Tensor:
+    return (x == x[:1, :1]).all(0).all(0)

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_ebm.diagnostics.moments import (
-    Moments,
-    component_names,
-    components,
-    error_in_se,
-    is_exact,
-    moments,
-)
+from pyro_ebm.diagnostics.compare import find_reference
+from pyro_ebm.diagnostics.moments import Moments, bulk_ess, component_names, components, error_in_se, moments
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.plots.style import INK, MUTED, color
-from pyro_ebm.statistics import ess_bulk, importance_ess
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-__all__ = ["plot_comparison"]
+__all__ = ["plot_compare"]
 
-_MAX_CHAINS, _MAX_COMPONENTS, _BINS = 8, 12, 20
+_MAX_CHAINS, _MAX_COMPONENTS, _BINS, _PANELS_A_ROW = 8, 12, 20, 5
+_LINEAR_TO = 10.0  # errors beyond are drawn on a logarithmic scale
 _ENOUGH = 400  # bulk ESS from which R-hat and standard errors can be relied on (Vehtari et al. 2021)
 
 
-def plot_comparison(
+def plot_compare(
     draws: Mapping[str, Draws],
     *,
-    reference: Draws | None = None,
+    reference: Draws | str | None = None,
     axes: Sequence[Axes] | NDArray[np.object_] | None = None,
 ) -> NDArray[np.object_]:
     """Rank histograms of the chains, effective sample sizes, and means against a reference.
@@ -41,14 +36,16 @@ def plot_comparison(
 
     * one for each Markov chain method: ranks of each chain's draws among those of all chains, for the
       component with the smallest bulk ESS. Flat when chains agree; a single chain is cut in halves.
-    * effective sample size: the smallest bulk ESS of a chain method, ``1 / sum w^2`` of weighted draws.
+      Of many chains eight are shown, from the one with the lowest mean rank to that with the highest.
+    * effective sample size: ``ess_bulk`` as in :func:`compare`.
     * error of each mean and mean square in units of its standard error, ``(estimate - reference) / se``,
-      where a band at +-4 holds what chance explains. Without a reference: means with +-2 standard
-      errors, relative to the average over methods.
+      where a band at +-4 holds what chance explains (a little more with few islands of weighted draws);
+      beyond 10 the scale is logarithmic. Without a reference: means with +-2 standard errors, relative
+      to the average over methods. Of many components those with the largest deviations are shown.
 
     Args:
         draws: name of the method -> its draws; all with the same sites and shapes.
-        reference: exact or trusted draws, for example from ``quadrature``.
+        reference: exact or trusted draws, for example from ``quadrature``; or the name of an entry.
         axes: as many axes as there are panels; a new figure when ``None``.
 
     Returns:
@@ -57,17 +54,17 @@ def plot_comparison(
     Reference:
         Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), Rank-normalization, folding, and localization.
     """
+    reference = find_reference(draws, reference)
     sites, names = _components(draws, reference)
     chained = [name for name in draws if draws[name].log_weights is None]
     panels = _panels(axes, len(chained))
     tones = {name: color(i) for i, name in enumerate(draws)}
-    tables = {name: components(draws[name], sites).numpy() for name in chained}
-    bulk = {name: np.asarray(ess_bulk(table)) for name, table in tables.items()}
+    bulk = {name: bulk_ess(each, components(each, sites)).numpy() for name, each in draws.items()}
     for ax, name in zip(panels, chained, strict=False):
         worst = int(np.argmin(np.nan_to_num(bulk[name], nan=np.inf)))
-        _plot_ranks(ax, tables[name][..., worst], tones[name])
+        _plot_ranks(ax, components(draws[name], sites)[..., worst].numpy(), tones[name])
         ax.set_title(f"{name}: ranks of {names[worst]}", fontsize="medium")
-    _plot_ess(panels[-2], _worth(draws, bulk), tones)
+    _plot_ess(panels[-2], _worth(bulk), tones)
     found = {name: moments(each, sites) for name, each in draws.items() if each is not reference}
     if reference is None:
         _plot_means(panels[-1], found, names, tones)
@@ -92,17 +89,9 @@ def _components(draws: Mapping[str, Draws], reference: Draws | None) -> tuple[li
     return sites, first
 
 
-def _worth(draws: Mapping[str, Draws], bulk: dict[str, NDArray[np.float64]]) -> dict[str, float]:
-    """Effective sample size by method, where there is one."""
-    worth = {}
-    for name, each in draws.items():
-        if each.log_weights is None:
-            if not np.isnan(bulk[name]).all():
-                worth[name] = float(np.nanmin(bulk[name]))
-        # The ESS of a grid's weights says how peaked the target is, nothing about precision.
-        elif not is_exact(each):
-            worth[name] = float(importance_ess(each.log_weights.flatten()))
-    return worth
+def _worth(bulk: dict[str, NDArray[np.float64]]) -> dict[str, float]:
+    """Effective sample size by method, where there is one: the ESS of a grid would say nothing about precision."""
+    return {name: float(np.nanmin(sizes)) for name, sizes in bulk.items() if not np.isnan(sizes).all()}
 
 
 def _panels(axes: Sequence[Axes] | NDArray[np.object_] | None, num_chained: int) -> NDArray[np.object_]:
@@ -116,12 +105,13 @@ def _panels(axes: Sequence[Axes] | NDArray[np.object_] | None, num_chained: int)
         return given
     from matplotlib import pyplot as plt
 
-    size = (max(9.0, 3.2 * num_chained), 6.4 if num_chained else 3.4)
-    figure = plt.figure(figsize=size, layout="constrained")
-    rows = figure.add_gridspec(2 if num_chained else 1, 1)
-    upper = rows[0].subgridspec(1, num_chained) if num_chained else None
-    lower = rows[-1].subgridspec(1, 2, width_ratios=(1, 1.5))
-    cells = [] if upper is None else [upper[0, i] for i in range(num_chained)]
+    height = math.ceil(num_chained / _PANELS_A_ROW)
+    columns = math.ceil(num_chained / max(height, 1))
+    figure = plt.figure(figsize=(max(9.0, 3.2 * columns), 3.4 + 3.0 * height), layout="constrained")
+    grid = figure.add_gridspec(height + 1, 1)
+    upper = [grid[row].subgridspec(1, columns) for row in range(height)]
+    cells = [upper[i // columns][0, i % columns] for i in range(num_chained)]
+    lower = grid[-1].subgridspec(1, 2, width_ratios=(1, 1.5))
     return np.array([figure.add_subplot(cell) for cell in [*cells, lower[0, 0], lower[0, 1]]], dtype=object)
 
 
@@ -131,8 +121,9 @@ def _plot_ranks(ax: Axes, column: NDArray[np.float64], tone: str) -> None:
     if halves:
         column = column[:, : column.shape[1] // 2 * 2].reshape(2, -1)
     count, length = column.shape
-    shown = np.unique(np.linspace(0, count - 1, min(count, _MAX_CHAINS)).round().astype(int))
     ranks = column.ravel().argsort(kind="stable").argsort(kind="stable").reshape(count, length) / column.size
+    by_mean = np.arange(count) if count <= _MAX_CHAINS else ranks.mean(1).argsort(kind="stable")
+    shown = by_mean[np.linspace(0, count - 1, min(count, _MAX_CHAINS)).round().astype(int)]
     bins = max(2, min(_BINS, length // 10))
     edges = np.linspace(0.0, 1.0, bins + 1)
     for row, chain in enumerate(shown):
@@ -144,7 +135,7 @@ def _plot_ranks(ax: Axes, column: NDArray[np.float64], tone: str) -> None:
         np.arange(len(shown)) + 0.2, ["first half", "second half"] if halves else [str(c) for c in shown]
     )
     ax.set_ylabel(
-        "" if halves else "chain" if len(shown) == count else f"chain ({len(shown)} of {count} shown)"
+        "" if halves else "chain" if len(shown) == count else f"chain ({len(shown)} of {count}, by mean rank)"
     )
     ax.set(xlabel="rank among all draws (fraction)", xlim=(0.0, 1.0), ylim=(-0.1, len(shown)))
 
@@ -174,8 +165,22 @@ def _plot_errors(
     _by_component(ax, scores, {}, [*names, *(f"{name}$^2$" for name in names)], tones)
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -5.0), max(high, 5.0))
+    if max(-low, high) > 2 * _LINEAR_TO:
+        _compress(ax)
     ax.set_ylabel("error / standard error")
     ax.set_title(r"error against the reference (band: $\pm$4)", fontsize="medium")
+
+
+def _compress(ax: Axes) -> None:
+    """One method far off must not hide how the others compare with the band."""
+    low, high = (limit * (1.6 if abs(limit) > _LINEAR_TO else 1.0) for limit in ax.get_ylim())
+    ax.set_yscale("symlog", linthresh=_LINEAR_TO, linscale=2.0)
+    ax.set_ylim(low, high)
+    decades = [10.0**power for power in range(1, math.ceil(math.log10(max(-low, high))) + 1)]
+    marks = [0.0, 4.0, *decades, *(3 * decade for decade in decades)]
+    ticks = [tick for tick in sorted({*marks, *(-mark for mark in marks)}) if low <= tick <= high]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_yticks([], minor=True)
 
 
 def _plot_means(ax: Axes, found: dict[str, Moments], names: list[str], tones: dict[str, str]) -> None:

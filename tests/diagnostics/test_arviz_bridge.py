@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pyro
@@ -9,6 +10,8 @@ import pytest
 import torch
 from pyro.infer import HMC, MCMC, NUTS, Predictive
 
+import pyro_ebm
+from pyro_ebm import ChEES, InferenceWarning
 from pyro_ebm.diagnostics.arviz_bridge import load_arviz, save_arviz, to_arviz
 from pyro_ebm.inference.draws import Draws, Estimate
 from pyro_ebm.statistics import arviz_is_1x, quiet_import
@@ -100,6 +103,54 @@ def test_weighted_draws_are_marked():
     attrs = tree["posterior"].attrs
     assert (attrs["weighted"], attrs["pareto_k"], float(attrs["log_z"])) == (1, 0.4, -1.5)
     assert float(attrs["log_z_se"]) == pytest.approx(0.1)
+
+
+def by_datum(**changes):
+    stats = {
+        "lp": torch.randn(CHAINS, DRAWS),
+        "diverging": torch.rand(CHAINS, DRAWS, GROUP) < 0.2,
+        "acceptance_rate": torch.rand(CHAINS, DRAWS, GROUP),
+    }
+    warmup = Draws({"z": torch.zeros(CHAINS, 9, GROUP, 2)}, "chees", stats={"energy": torch.rand(CHAINS, 9, GROUP)})
+    z = torch.randn(CHAINS, DRAWS, GROUP, 2)
+    options = dict(stats=stats, warmup=warmup, log_z=Estimate(torch.zeros(GROUP), torch.ones(GROUP)))
+    return Draws({"z": z}, "chees", **{**options, **changes})
+
+
+@pytest.mark.parametrize(
+    ("dims", "name"),
+    [
+        ({}, "datum"),
+        ({"z": ("image", "axis")}, "image"),
+        ({"diverging": ("n",), "acceptance_rate": ("n",), "z": ("image", "axis")}, "n"),
+    ],
+)
+def test_statistics_by_datum_share_a_named_dimension(dims, name, tmp_path):
+    draws = by_datum()
+    tree = load_arviz(save_arviz(to_arviz(draws, dims=dims), tmp_path / "draws.nc"))
+    stats = tree["sample_stats"]
+    assert stats["lp"].dims == ("chain", "draw")
+    assert stats["diverging"].dims == stats["acceptance_rate"].dims == ("chain", "draw", name)
+    assert np.array_equal(stats["diverging"].sel({name: 2}).values, draws.stats["diverging"][..., 2].numpy())
+    assert tree["posterior"].attrs["log_z"].shape == (GROUP,)
+
+
+def test_one_datum_can_be_picked_from_all_groups():
+    tree = to_arviz(by_datum(), dims={"z": ("image", "axis")}).sel(image=1)
+    assert tree["sample_stats"]["diverging"].dims == ("chain", "draw")
+    assert tree["posterior"]["z"].dims == ("chain", "draw", "axis")
+    assert len(quiet_import("arviz").summary(tree)) == 2
+
+
+def test_statistics_by_datum_of_two_shapes_keep_names_of_their_own(tmp_path):
+    stats = {"lp": torch.zeros(CHAINS, DRAWS, GROUP), "energy": torch.zeros(CHAINS, DRAWS, 2)}
+    found = to_arviz(by_datum(stats=stats))["sample_stats"]
+    assert (found["lp"].dims[2], found["energy"].dims[2]) == ("lp_dim_0", "energy_dim_0")
+    nested = {"lp": torch.zeros(CHAINS, DRAWS, GROUP, 2)}
+    draws = by_datum(stats=nested, log_z=Estimate(torch.zeros(GROUP, 2), torch.ones(GROUP, 2)))
+    tree = load_arviz(save_arviz(to_arviz(draws), tmp_path / "draws.nc"))
+    assert tree["sample_stats"]["lp"].dims[2:] == ("datum_0", "datum_1")
+    assert tree["posterior"].attrs["log_z_se"].tolist() == [1.0] * (2 * GROUP)
 
 
 def test_warm_up_is_kept_apart_and_can_be_left_out():
@@ -250,7 +301,7 @@ def test_what_does_not_fit_is_refused(options, text):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"draws must be a Draws or a pyro.infer.MCMC, got dict"):
+    with pytest.raises(TypeError, match=r"draws must be a Draws or an MCMC .*, got dict"):
         to_arviz({"z": torch.zeros(1, 10)})
     with pytest.raises(ValueError, match=r"this MCMC has no samples; call its run"):
         to_arviz(MCMC(NUTS(model), num_samples=10, disable_progbar=True))
@@ -258,3 +309,16 @@ def test_what_is_no_run_is_refused(tmp_path):
         save_arviz(to_arviz(make_draws()), tmp_path / "no" / "x.nc")
     with pytest.raises(ValueError, match=r"path: there is no file"):
         load_arviz(tmp_path / "x.nc")
+
+
+def test_an_mcmc_of_this_library_is_its_draws():
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    mcmc = pyro_ebm.MCMC(ChEES(model), 20, 20, num_chains=8, init="prior", seed=0, disable_progbar=True)
+    with pytest.raises(RuntimeError, match=r"no draws yet: call run\(\) first"):
+        to_arviz(mcmc)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InferenceWarning)
+        draws = mcmc.run()
+    assert (np.asarray(to_arviz(mcmc)["posterior"]["z"]) == draws.values["z"].numpy()).all()

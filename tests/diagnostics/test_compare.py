@@ -146,11 +146,11 @@ def test_tail_ess_of_weighted_draws_sees_a_tail_on_few_points(sign):
     assert compare({"x": draws}).ess_tail["x"] == pytest.approx(exact, rel=0.03)
 
 
-def test_order_and_chains_of_weighted_draws_mean_nothing():
+def test_order_and_few_chains_of_weighted_draws_mean_nothing():
     draws = weighted(1.3)
     order = draws.values["s"][0].argsort()
-    values = {site: value[:, order].unflatten(1, (4, 2000))[0] for site, value in draws.values.items()}
-    other = Draws(values, "snis", log_weights=draws.log_weights[:, order].reshape(4, 2000))
+    values = {site: value[:, order].unflatten(1, (2, 4000))[0] for site, value in draws.values.items()}
+    other = Draws(values, "snis", log_weights=draws.log_weights[:, order].reshape(2, 4000))
     a, b = (
         compare({"x": each}).drop(columns=["draws", "chains", "method", "verdict"]).loc["x"]
         for each in (draws, other)
@@ -169,8 +169,144 @@ def test_hopeless_weights_fall():
 def test_divergences_fall():
     stats = {"diverging": torch.zeros(4, 1000, dtype=torch.bool)}
     stats["diverging"][1, :3] = True
-    assert compare({"x": chains(stats=stats)}).verdict["x"] == "divergences 3 > 0"
-    assert compare({"x": chains(stats=stats)}, max_divergences=3).verdict["x"] == "ok"
+    row = compare({"x": chains(stats=stats)}).loc["x"]
+    assert (row.divergences, row.verdict) == (3.0, "divergences 3 of 4000 (up to 0.22% > 0.1%)")
+    assert compare({"x": chains(stats=stats)}, max_divergent=0.003).verdict["x"] == "ok"
+
+
+@pytest.mark.parametrize(("count", "total", "falls"), [(1, 4000, True), (40, 64_000, False), (60, 64_000, True)])
+def test_divergences_are_judged_by_their_share(count, total, falls):
+    diverging = torch.zeros(total, dtype=torch.bool)
+    diverging[:count] = True
+    draws = Draws({"z": normal(4, total // 4)}, "chees", stats={"diverging": diverging.reshape(4, -1)})
+    assert compare({"x": draws}).verdict["x"].startswith("divergences") is falls
+    assert compare({"x": draws}, max_divergent=0.0).verdict["x"].startswith(f"divergences {count} of {total}")
+    none = Draws(draws.values, "chees", stats={"diverging": torch.zeros(4, total // 4)})
+    assert compare({"x": none}, max_divergent=0.0).verdict["x"] == "ok"
+
+
+def test_statistics_by_datum_are_counted_averaged_and_judged_one_datum_at_a_time():
+    stats = {"diverging": torch.zeros(4, 1000, 5, dtype=torch.bool), "acceptance_rate": torch.full((4, 1000, 5), 0.6)}
+    stats["diverging"][2, :7, 3] = True
+    stats["diverging"][0, 0, 1] = True
+    stats["acceptance_rate"][:, :, 0] = 0.1
+    row = compare({"x": Draws({"z": normal(4, 1000, 5)}, "chees", stats=stats)}).loc["x"]
+    assert row.divergences == 8.0
+    assert row.acceptance == pytest.approx(0.5)
+    assert row.verdict == "divergences 7 of 4000 of datum 3 (up to 0.36% > 0.1%)"
+
+
+def test_what_a_kernel_alone_records_gets_a_column():
+    stats = {"step_size": torch.tensor(0.25).expand(4, 1000), "n_steps": torch.arange(4000).reshape(4, 1000) % 2}
+    smc = islands(normal(8, 500, 3), notes={"temperatures": [[0.0, 0.5, 1.0], [0.0, 1.0]]})
+    table = compare({"hmc": chains(stats={**stats, "lp": torch.zeros(4, 1000)}), "smc": smc, "grid": grid()})
+    assert table.columns.tolist() == [*COLUMNS[:-2], "n_steps", "step_size", "temperatures", *COLUMNS[-2:]]
+    assert (table.step_size["hmc"], table.n_steps["hmc"], table.temperatures["smc"]) == (0.25, 0.5, 2.5)
+    assert table.loc["grid", ["n_steps", "step_size", "temperatures"]].isna().all()
+
+
+@pytest.mark.parametrize(("temperatures", "steps"), [(7, 7.0), ([0.0, 0.3, 1.0], 3.0), (torch.zeros(4, 9), 9.0)])
+def test_temperatures_are_counted_however_they_are_noted(temperatures, steps):
+    assert compare({"x": islands(normal(8, 500, 3), notes={"temperatures": temperatures})}).temperatures["x"] == steps
+
+
+def islands(x: torch.Tensor, log_shares: torch.Tensor | None = None, method: str = "smc", **options) -> Draws:
+    """Particles (island, particle, 3), equally weighted within an island."""
+    shares = torch.zeros(len(x)) if log_shares is None else log_shares
+    logs = shares[:, None].double().expand(x.shape[:2])
+    logs = logs.flatten().log_softmax(0).reshape(logs.shape)
+    return Draws({"z": x[..., :2], "s": x[..., 2]}, method, log_weights=logs, **options)
+
+
+def test_islands_of_identical_particles_are_worth_their_number():
+    same = islands(normal(64, 1, 3).expand(64, 500, 3))
+    row = compare({"x": same}).loc["x"]
+    # variance / se^2 = R - 1 exactly; the share below the 5 % quantile too
+    assert row.ess_bulk == pytest.approx(63)
+    assert row.ess_tail == pytest.approx(63)
+    assert row.mcse_per_sd == pytest.approx(1 / math.sqrt(63))
+    assert row.verdict == "ess_bulk 63 < 400; ess_tail 63 < 400"
+
+
+def test_islands_of_independent_particles_are_worth_about_these():
+    sizes = []
+    for seed in range(30):
+        row = compare({"x": islands(normal(32, 250, 3, seed=seed))}).loc["x"]
+        assert row.ess_bulk <= 8000 and row.ess_tail <= 8000
+        assert math.isnan(row.pareto_k) and row.verdict == "ok"
+        sizes.append(8000 * row.mcse_per_sd**2)  # chi squared of 31 degrees of freedom by 31, largest of 3
+    # its mean is about 1 + 0.85 sqrt(2 / 31), and its spread 0.75 sqrt(2 / 31)
+    expected, se = 1 + 0.85 * math.sqrt(2 / 31), 0.75 * math.sqrt(2 / 31 / 30)
+    assert abs(sum(sizes) / 30 - expected) < 4 * se
+
+
+def test_islands_that_agree_are_worth_no_more_than_their_particles():
+    row = compare({"x": islands(normal(1, 500, 3).expand(8, 500, 3))}).loc["x"]
+    assert (row.ess_bulk, row.ess_tail) == (pytest.approx(4000), pytest.approx(4000))
+
+
+def test_islands_of_unequal_weight_have_the_error_that_repetitions_show():
+    def run(seed: int):
+        means, shares = normal(16, 1, 1, seed=seed), 0.7 * normal(16, seed=1000 + seed)
+        # heavier islands lie higher: the weights matter for the mean, and the particles share their island's place
+        x = 0.6 * means + 0.5 * shares[:, None, None] + 0.8 * normal(16, 50, 3, seed=2000 + seed)
+        return moments(islands(x, shares), ["s", "z"])
+
+    runs = [run(seed) for seed in range(300)]
+    means, claimed = torch.stack([r.mean for r in runs]), torch.stack([r.se**2 for r in runs]).mean(0).sqrt()
+    spread = means.std(0)[:3]
+    assert torch.allclose(claimed[:3], spread, rtol=0.25)
+    # taking the 800 particles as independent would claim 1 / 2.5 of it
+    flat = torch.stack([r.sd for r in runs]).mean(0)[:3] / math.sqrt(800)
+    assert (flat < 0.5 * spread).all()
+
+
+@pytest.mark.parametrize(("num_islands", "verdict"), [(1, "islands 1 < 4"), (3, "islands 3 < 4"), (4, "ok")])
+def test_particles_of_few_islands_have_no_known_error(num_islands, verdict):
+    x = normal(num_islands, 12_000 // num_islands, 3)
+    assert compare({"x": islands(x)}, min_ess=100).verdict["x"] == verdict
+
+
+def test_weight_on_one_island_falls():
+    row = compare({"x": islands(normal(8, 1000, 3), torch.tensor([6.0, *[0.0] * 7]))}).loc["x"]
+    assert "weight on 1.0 of 8 islands" in row.verdict
+    assert row.ess_bulk < 1100  # seven of eight islands hold nothing
+
+
+def test_a_component_that_never_changes_is_left_out_of_islands():
+    x = normal(8, 1000, 3)
+    x[..., 1] = 0.1
+    row = compare({"x": islands(x)}).loc["x"]
+    assert row.ess_bulk > 1000 and row.verdict == "ok"
+
+
+def test_weighted_chains_of_importance_sampling_keep_their_pareto_k():
+    x = 0.4 * normal(4, 2000, 3, seed=1).double()
+    logs = (Normal(2.0, 1.0).log_prob(x) - Normal(0.0, 0.4).log_prob(x)).sum(-1)
+    draws = Draws({"z": x}, "snis", log_weights=logs.flatten().log_softmax(0).reshape(4, 2000))
+    assert compare({"x": draws}).pareto_k["x"] > 0.7
+    assert "pareto_k 0.90 > 0.7" in compare({"x": islands(normal(8, 500, 3), pareto_k=0.9)}).verdict["x"]
+
+
+def test_few_islands_are_held_to_students_t():
+    # R = 4, means of islands 0.4, 0.6, 0.4, 0.6 around 0.5: se^2 = 4 / 3 * 4 * (0.1 / 4)^2
+    centres = torch.tensor([0.4, 0.6, 0.4, 0.6])[:, None, None]
+    noise = normal(1, 500, 3)
+    x = centres + torch.cat([noise, -noise], 1)
+    row = compare({"x": islands(x)}, reference=grid(), min_ess=0).loc["x"]
+    assert row.worst_error_in_se == pytest.approx(0.5 / (0.1 / math.sqrt(3)), rel=1e-3)
+    # a t of three degrees of freedom exceeds 32.6 as rarely as a normal exceeds 4
+    assert row.verdict == "ok"
+    assert "> 5.4 se" in compare({"x": islands(x)}, reference=grid(), min_ess=0, max_error=2.5).verdict["x"]
+
+
+def test_the_reference_may_be_named():
+    draws = {"x": chains(mean=0.3), "exact": grid()}
+    named, given = compare(draws, reference="exact"), compare(draws, reference=draws["exact"])
+    assert named.worst_error_in_se["x"] == given.worst_error_in_se["x"] > 15
+    assert math.isnan(named.worst_error_in_se["exact"])
+    with pytest.raises(ValueError, match=r"reference 'grid' is not among the draws; names: \['exact', 'x'\]"):
+        compare(draws, reference="grid")
 
 
 def test_thresholds_can_be_moved():
@@ -225,10 +361,10 @@ def test_bad_input():
     with pytest.raises(ValueError, match="draws is empty"):
         compare({})
     with pytest.raises(TypeError, match=r"draws must be a mapping \{name: Draws\}, got Draws"):
-        compare(good)
+        compare(good, reference="x")
     with pytest.raises(TypeError, match=r"draws\['b'\] must be a Draws, got dict"):
         compare({"a": good, "b": {}})
-    with pytest.raises(TypeError, match=r"reference must be a Draws or None, got dict"):
+    with pytest.raises(TypeError, match=r"reference must be a Draws, a name or None, got dict"):
         compare({"a": good}, reference={})
     other = Draws({"z": torch.zeros(1, 10, 2)}, "nuts")
     with pytest.raises(ValueError, match=r"same sites and shapes, got \{'a': \{'s': .*, 'b': \{'z': \(2,\)"):

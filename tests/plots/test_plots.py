@@ -222,7 +222,7 @@ def test_training_curves_leave_out_a_steep_start_but_nothing_low() -> None:
 
 
 def test_comparison_has_one_rank_panel_for_each_chain_method() -> None:
-    axes = plots.plot_comparison({"snis": weighted(), "nuts": chains()}, reference=exact())
+    axes = plots.plot_compare({"snis": weighted(), "nuts": chains()}, reference=exact())
     assert len(axes) == 3
     assert all(ax.get_xlabel() and ax.get_title() for ax in axes)
     assert axes[0].get_title().startswith("nuts")
@@ -231,14 +231,14 @@ def test_comparison_has_one_rank_panel_for_each_chain_method() -> None:
 
 def test_comparison_draws_on_given_axes_only() -> None:
     given = Figure().subplots(1, 3)
-    assert list(plots.plot_comparison({"snis": weighted(), "nuts": chains()}, axes=given)) == list(given)
+    assert list(plots.plot_compare({"snis": weighted(), "nuts": chains()}, axes=given)) == list(given)
     assert plt.get_fignums() == []
 
 
 def test_comparison_ranks_the_component_that_mixes_worst() -> None:
     draws = chains()
     draws.values["z"][-1, :, 1] += 50.0
-    ranks, *_ = plots.plot_comparison({"nuts": draws}, axes=Figure().subplots(1, 3))
+    ranks, *_ = plots.plot_compare({"nuts": draws}, axes=Figure().subplots(1, 3))
     assert ranks.get_title() == "nuts: ranks of z[1]"
     lower, upper = ([t for t in stairs.get_data().values] for stairs in ranks.patches)
     half = len(lower) // 2
@@ -251,7 +251,7 @@ def test_comparison_error_is_in_standard_errors() -> None:
     wrong = Draws(
         {"z": torch.full((1, 10, 1), 0.5)}, "quadrature", log_weights=torch.full((1, 10), 0.1).log()
     )
-    errors = plots.plot_comparison({"nuts": draws}, reference=wrong, axes=Figure().subplots(1, 3))[-1]
+    errors = plots.plot_compare({"nuts": draws}, reference=wrong, axes=Figure().subplots(1, 3))[-1]
     drawn = errors.lines[1].get_ydata()[0]
     assert drawn == pytest.approx((draws.mean("z").item() - 0.5) / 0.01, rel=0.1)
     low, high = errors.get_ylim()
@@ -259,27 +259,74 @@ def test_comparison_error_is_in_standard_errors() -> None:
 
 
 def test_comparison_without_reference_shows_two_standard_errors() -> None:
-    means = plots.plot_comparison({"snis": weighted(10_000)}, axes=Figure().subplots(1, 2))[-1]
+    means = plots.plot_compare({"snis": weighted(10_000)}, axes=Figure().subplots(1, 2))[-1]
     bars = means.collections[0].get_segments()
     assert np.diff(bars[0][:, 1]) == pytest.approx(4 * 0.01, rel=0.1)
 
 
 def test_comparison_ess_counts_weights_and_leaves_grids_out() -> None:
-    axes = plots.plot_comparison({"snis": weighted(500), "grid": exact()}, axes=Figure().subplots(1, 2))
+    axes = plots.plot_compare({"snis": weighted(500), "grid": exact()}, axes=Figure().subplots(1, 2))
     assert [bar.get_width() for bar in axes[0].patches] == pytest.approx([500.0])
 
 
 def test_comparison_keeps_to_few_chains_and_components() -> None:
     draws = {"nuts": chains(num_chains=20, num_draws=40, dim=30), "hmc": chains(num_chains=1, dim=30)}
-    many, one, _, means = plots.plot_comparison(draws, axes=Figure().subplots(1, 4))
-    assert len(many.patches) == 8 and "8 of 20" in many.get_ylabel()
+    many, one, _, means = plots.plot_compare(draws, axes=Figure().subplots(1, 4))
+    assert len(many.patches) == 8 and "8 of 20, by mean rank" in many.get_ylabel()
     assert [tick.get_text() for tick in one.get_yticklabels()] == ["first half", "second half"]
     assert len(means.get_xticks()) == 12 and "12 largest of 30" in means.get_xlabel()
 
 
+def test_comparison_of_many_chains_shows_those_that_lie_lowest_and_highest():
+    draws = chains(num_chains=200, num_draws=40, dim=1)
+    draws.values["z"][77] -= 3.0
+    draws.values["z"][77, 0] = 100.0  # one draw does not make a chain high
+    draws.values["z"][11] += 3.0
+    ranks = plots.plot_compare({"chees": draws}, axes=Figure().subplots(1, 3))[0]
+    labels = [tick.get_text() for tick in ranks.get_yticklabels()]
+    assert len(labels) == 8
+    assert (labels[0], labels[-1]) == ("77", "11")
+
+
+def particles(num_islands: int = 8) -> Draws:
+    """Particles that are all the same on an island: worth one draw each."""
+    z = normal(num_islands, 1, 2, seed=5).expand(num_islands, 100, 2)
+    logs = torch.full(z.shape[:2], -float(np.log(100 * num_islands)))
+    return Draws({"z": z}, "smc", log_weights=logs)
+
+
+def test_comparison_ess_of_islands_is_that_of_compare():
+    axes = plots.plot_compare({"smc": particles(32)}, axes=Figure().subplots(1, 2))
+    assert [bar.get_width() for bar in axes[0].patches] == pytest.approx([31.0])
+
+
+def test_comparison_of_seven_methods_keeps_its_panels_apart():
+    draws = {name: chains(num_chains=16) for name in ("nuts", "hmc", "chees", "mala", "ula", "long")}
+    draws |= {"snis": weighted(), "smc": particles()}
+    axes = plots.plot_compare(draws, reference="long")
+    assert len(axes) == 8
+    axes[0].figure.canvas.draw()
+    boxes = [ax.get_window_extent() for ax in axes]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert min(box.width for box in boxes) > 150  # of 960 or more
+    assert len({round(box.y0) for box in boxes[:6]}) == 2  # six rank panels in two rows of three
+    assert len(axes[-1].get_legend().get_texts()) == 7  # all but the reference
+
+
+def test_comparison_compresses_errors_far_off_the_band():
+    far = plots.plot_compare({"a": chains(), "b": weighted()}, reference=exact(9.0), axes=Figure().subplots(1, 3))[-1]
+    assert far.get_yscale() == "symlog"
+    low, high = far.get_ylim()
+    drawn = np.concatenate([line.get_ydata() for line in far.lines[1:]])
+    assert low < drawn.min() < -50 and drawn.max() < high
+    assert {"4", "-4", "0"} <= {tick.get_text() for tick in far.get_yticklabels()}
+    near = plots.plot_compare({"a": chains()}, reference=exact(), axes=Figure().subplots(1, 3))[-1]
+    assert near.get_yscale() == "linear"
+
+
 def test_comparison_survives_chains_that_never_moved() -> None:
     stuck = Draws({"z": torch.zeros(2, 50, 2)}, "hmc")
-    plots.plot_comparison({"hmc": stuck}, reference=exact())[0].figure.canvas.draw()
+    plots.plot_compare({"hmc": stuck}, reference=exact())[0].figure.canvas.draw()
 
 
 BAD_INPUT: dict[str, tuple[Callable[[], Any], str]] = {
@@ -324,14 +371,18 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: plots.plot_training_curves(SimpleNamespace(train_loss=[], validation_loss=[], best_epoch=0)),
         "holds no epoch",
     ),
-    "no draws": (lambda: plots.plot_comparison({}), "draws is empty"),
-    "draws of two shapes": (lambda: plots.plot_comparison({"a": chains(), "b": chains(dim=3)}), "same sites"),
+    "no draws": (lambda: plots.plot_compare({}), "draws is empty"),
+    "draws of two shapes": (lambda: plots.plot_compare({"a": chains(), "b": chains(dim=3)}), "same sites"),
     "reference of another shape": (
-        lambda: plots.plot_comparison({"a": chains(dim=3)}, reference=exact()),
+        lambda: plots.plot_compare({"a": chains(dim=3)}, reference=exact()),
         "reference must have the components",
     ),
+    "reference of no entry": (
+        lambda: plots.plot_compare({"a": chains()}, reference="b"),
+        r"reference 'b' is not among the draws; names: \['a'\]",
+    ),
     "too few axes": (
-        lambda: plots.plot_comparison({"a": chains()}, axes=[Figure().subplots()]),
+        lambda: plots.plot_compare({"a": chains()}, axes=[Figure().subplots()]),
         "must hold 3 axes",
     ),
 }
