@@ -33,7 +33,9 @@ def debias(
     ] = "0.12,0.33,0.28,0.20,0.07",
     fraction: Annotated[float, typer.Option(help="largest share of a class the biased set may take")] = 0.6,
     latent_dim: Annotated[int, typer.Option(help="dimensions of the latent z")] = 2,
-    methods: Annotated[str, typer.Option(help="samplers, among snis, nuts, hmc")] = "snis,nuts,hmc",
+    methods: Annotated[
+        str, typer.Option(help="samplers, among snis, chees, nuts, hmc, mala, ula, smc")
+    ] = "snis,chees,nuts,hmc",
     num_samples: Annotated[
         int | None,
         typer.Option(help="draws per MCMC method, 4000 for digits, else 12000; snis weighs ten times as many"),

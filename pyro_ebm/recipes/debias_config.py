@@ -8,10 +8,11 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-from pyro_ebm.inference.sample import METHODS
+from pyro_ebm.inference.sample import METHODS as ALL_METHODS
 
-__all__ = ["DATASETS", "DebiasConfig", "Schedule"]
+__all__ = ["DATASETS", "METHODS", "DebiasConfig", "Schedule"]
 
+METHODS = tuple(method for method in ALL_METHODS if method != "auto")  # a comparison names what it compares
 DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist")
 _DEFAULT_PROPORTIONS = (0.12, 0.33, 0.28, 0.20, 0.07)
 
@@ -27,10 +28,10 @@ class DebiasConfig:
         proportions: share of each of them in the biased set; sums to one.
         fraction: largest share of any class that the biased set may take, in (0, 1).
         latent_dim: dimensions of z.
-        methods: samplers to run, among ``"snis"``, ``"nuts"``, ``"hmc"``.
+        methods: samplers to run, those of :func:`sample` except ``"auto"``.
         num_samples: draws of the tilted prior per MCMC method, over all chains (``None``: 4,000 for digits,
             else 12,000); importance sampling weighs ten times as many.
-        num_chains: chains of the MCMC methods.
+        num_chains: chains of ``"nuts"`` and ``"hmc"``; the others run 64 as one batch.
         seed: of everything.
         baselines: also train a VAE on the reference set alone, and fine-tune the biased one on it.
         quick: short training and few draws, to see that everything runs.
@@ -43,7 +44,7 @@ class DebiasConfig:
     proportions: tuple[float, ...] = _DEFAULT_PROPORTIONS
     fraction: float = 0.6
     latent_dim: int = 2
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = ("snis", "chees", "nuts", "hmc")
     num_samples: int | None = None
     num_chains: int = 4
     seed: int = 0

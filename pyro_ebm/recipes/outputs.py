@@ -14,8 +14,8 @@ import torch
 
 from pyro_ebm import plots
 from pyro_ebm.diagnostics.arviz_bridge import save_arviz, to_arviz
-from pyro_ebm.inference.sample import METHODS
 from pyro_ebm.parameters import forked_rng
+from pyro_ebm.recipes.debias_config import METHODS
 from pyro_ebm.recipes.report import write_report
 from pyro_ebm.training import save_weights
 
@@ -150,11 +150,11 @@ def _write_figures(result: DebiasResult, folder: Path) -> list[tuple[str, Path]]
         ),
         "comparison_prior": (
             "Samplers of the tilted prior compared.",
-            lambda: plots.plot_comparison(result.prior_draws, reference=result.references.get("prior")),
+            lambda: plots.plot_compare(result.prior_draws, reference=result.references.get("prior")),
         ),
         "comparison_posterior": (
             "Samplers of the tilted posterior of one test image compared.",
-            lambda: plots.plot_comparison(
+            lambda: plots.plot_compare(
                 result.posterior_draws, reference=result.references.get("posterior")
             ),
         ),

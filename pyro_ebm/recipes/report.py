@@ -17,7 +17,7 @@ __all__ = ["write_report"]
 
 _COLUMNS = {
     "draws": "draws in each chain",
-    "chains": "independent chains; 1 for weighted draws",
+    "chains": "independent chains, or islands of particles; 1 for other weighted draws",
     "ess_bulk": "effective sample size of means, the smallest over all components; 400 is enough to judge by",
     "ess_tail": "effective sample size of the 5 % and 95 % quantiles, the smallest over all components",
     "r_hat": "disagreement between chains, the largest over all components; below 1.01 they agree",
@@ -25,6 +25,10 @@ _COLUMNS = {
     "pareto_k": "tail of the importance weights; above 0.7 do not trust the weighted draws",
     "divergences": "steps at which the integrator failed; should be 0",
     "acceptance": "mean acceptance probability of the proposals",
+    "step_size": "mean step size of the chains",
+    "n_steps": "mean number of gradient evaluations for a draw",
+    "tree_depth": "mean depth of the trajectory trees of NUTS",
+    "temperatures": "steps from the prior to the target",
     "gradients": "gradient evaluations, warm-up included",
     "seconds": "wall-clock time, warm-up included",
     "ess_per_second": "ess_bulk for a second of work",

@@ -23,7 +23,7 @@ from pyro_ebm.recipes import debias as module
 from pyro_ebm.recipes.debias import DebiasConfig, DebiasResult, debias, prior_model
 from pyro_ebm.recipes.debias_config import Schedule
 
-METHODS = ("snis", "nuts", "hmc")
+METHODS = ("snis", "chees", "nuts", "hmc")
 SMALL: dict[str, Any] = {"quick": True, "num_samples": 100, "num_chains": 2, "progress": False}
 FIGURES = {
     "class_balance",
@@ -85,7 +85,7 @@ def test_the_summary_has_every_number(job):
         assert summary[name].keys() == sources, name
     assert summary["log_z"].keys() == {"value", "se"}
     assert summary["importance"].keys() == {"ess_fraction", "pareto_k"}
-    assert summary["mcmc"].keys() == {"nuts", "hmc"}
+    assert summary["mcmc"].keys() == {"chees", "nuts", "hmc"}
     for row in summary["mcmc"].values():
         assert row.keys() == {"r_hat", "ess_bulk", "divergences", "seconds"} and None not in row.values()
     assert summary["test_log_likelihood"].keys() == {"base", "tilted"}
@@ -119,8 +119,8 @@ def test_one_seed_one_length_for_every_method(job):
     result, _ = job
     assert result.prior_draws.keys() == result.posterior_draws.keys() == set(METHODS)
     for method, draws in result.prior_draws.items():
-        chains = 1 if method == "snis" else 2
-        assert draws.values["z"].shape == (chains, 1000 if method == "snis" else 50, 2)
+        shape = {"snis": (1, 1000), "chees": (64, 50)}.get(method, (2, 50))
+        assert draws.values["z"].shape == (*shape, 2)
     assert result.posterior_draws["nuts"].values["z"].shape == (2, 50, 1, 2)
     assert result.references.keys() == {"prior", "posterior"}
 
@@ -137,7 +137,7 @@ def test_the_comparison_has_a_row_for_each_target_and_method(job):
     assert set(wanted.split()) <= rows[0].keys()
     assert all(row["verdict"] for row in rows)
     assert all(math.isfinite(float(row["worst_error_in_se"])) for row in rows)
-    assert len(result.comparison) == 6
+    assert len(result.comparison) == 2 * len(METHODS)
 
 
 def test_the_draws_load_again(job):
