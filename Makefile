@@ -1,4 +1,4 @@
-# One command each. Variables: PYTHON (3.11 or newer), VENV, OUT, WORKERS; for instance
+# One command each. Variables: PYTHON (3.11 or newer), VENV, OUT, WORKERS, BENCH; for instance
 #   make test PYTHON=python3.12 VENV=.venv-3.12
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -10,8 +10,9 @@ PIP      = $(BIN)/python -m pip install -q
 PACKAGE  = $(VENV)/.installed
 TESTING  = $(VENV)/.installed-test
 LINTING  = $(VENV)/.installed-lint
+BENCHING = $(VENV)/.installed-bench
 
-.PHONY: demo test lint notebooks docs clean help
+.PHONY: demo test lint bench notebooks docs clean help
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -19,6 +20,7 @@ help:
 	@echo "make demo       create $(VENV), install, run the main job on the bundled digits into $(OUT)"
 	@echo "make test       the same, then the test suite"
 	@echo "make lint       ruff and mypy"
+	@echo "make bench      run the samplers against their peers; BENCH=--quick for a short look"
 	@echo "make notebooks  execute the notebooks again and keep their outputs"
 	@echo "make docs       run the demo and put its pictures where the README shows them"
 	@echo "make clean      remove $(VENV), out/ and caches"
@@ -32,6 +34,9 @@ test: $(TESTING) demo
 lint: $(LINTING)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(BENCHING)
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 notebooks: $(TESTING)
 	$(BIN)/python tests/test_notebooks.py notebooks/*.ipynb
@@ -61,4 +66,8 @@ $(TESTING): pyproject.toml $(PACKAGE)
 
 $(LINTING): pyproject.toml $(PACKAGE)
 	@$(PIP) -e '.[lint]'
+	@touch $@
+
+$(BENCHING): pyproject.toml $(PACKAGE)
+	@$(PIP) -e '.[bench]'
 	@touch $@
