@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.normalizers import Normalizer, checked_energy, log_mean_exp, score_term
+from pyro_ebm.normalizers import Normalizer, checked_energy, reported_log_mean_exp, score_term
 from pyro_ebm.parameters import evaluation_mode, fingerprint, forked_rng, modules_of
 from pyro_ebm.structure import ModelStructure, event_dim_of, log_prob_of, padded_shape, unconditioned
 
@@ -35,7 +35,7 @@ def forward_log_normalizer(
     parameters = [p for module in modules_of(model) for p in module.parameters()]
     parameters += [p for energy in energies.values() for p in energy.parameters()]
     seed = fingerprint(parameters + list(pyro.get_param_store().values()), settings.seed, *energies)
-    return log_mean_exp(forward_log_weights(model, args, kwargs, energies, structure, settings, seed=seed))
+    return reported_log_mean_exp(forward_log_weights(model, args, kwargs, energies, structure, settings, seed=seed))
 
 
 def forward_log_weights(

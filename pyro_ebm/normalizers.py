@@ -8,7 +8,9 @@ moves only ``v`` sees a constant, a run can be resumed exactly, and the global g
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +34,13 @@ __all__ = [
     "importance_estimate",
     "is_exchangeable",
     "log_mean_exp",
+    "reported_log_mean_exp",
     "sampled_log_normalizer",
     "score_term",
     "site_log_normalizer",
     "site_log_weights",
     "warn_if_unreliable",
+    "weights_reported_to",
 ]
 
 METHODS = ("importance", "qmc")
@@ -250,7 +254,27 @@ def site_log_normalizer(
         tilted = log_prob - checked_energy(energy, value, 0, name)
         return tilted.logsumexp(0) - log_prob.logsumexp(0)
     seed = fingerprint(energy.parameters(), settings.seed, name, *salt)
-    return log_mean_exp(site_log_weights(base, energy, settings, name=name, seed=seed))
+    return reported_log_mean_exp(site_log_weights(base, energy, settings, name=name, seed=seed))
+
+
+def reported_log_mean_exp(log_weights: Tensor) -> Tensor:
+    """``log mean exp`` of the log weights (draws, *batch) of a log Z, told to whoever listens to these."""
+    if (listener := _listener.get()) is not None:
+        listener(log_weights.detach())
+    return log_mean_exp(log_weights)
+
+
+_listener: ContextVar[Callable[[Tensor], None] | None] = ContextVar("listener to the weights of log Z", default=None)
+
+
+@contextmanager
+def weights_reported_to(listener: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within this block ``listener`` gets the log weights (draws, *batch) of each log Z that is sampled for a model."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def sampled_log_normalizer(

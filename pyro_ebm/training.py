@@ -21,7 +21,9 @@ from pyro_ebm.checkpoints import load_weights, read, require_writable, save_weig
 from pyro_ebm.errors import CheckpointError, TrainingWarning, warn_user
 from pyro_ebm.parameters import evaluation_mode, forked_rng, modules_of
 from pyro_ebm.training_data import checked_data, checked_validation, split_data
-from pyro_ebm.training_run import NonFiniteError, Objective, Run
+from pyro_ebm.training_guard import TrainingStopped
+from pyro_ebm.training_objective import Objective
+from pyro_ebm.training_run import Group, Run
 
 __all__ = ["FitResult", "fit", "load_weights", "save_weights"]
 
@@ -35,11 +37,13 @@ class FitResult:
     """What a training run did; the weights are in the modules themselves.
 
     Attributes:
-        train_loss: mean loss per datum of each epoch, over weights that moved meanwhile.
+        train_loss: mean loss per datum of each epoch, over weights that moved meanwhile; of the first group's
+            steps where groups take turns.
         validation_loss: loss per datum at the end of each epoch; empty without validation.
         best_epoch: epoch, counted from 1, whose weights were kept; 0: the weights before training.
         epochs: epochs finished, those before a resume included.
-        stopped: ``"epochs"``, ``"early stopping"``, ``"interrupted"`` or ``"non-finite loss"``.
+        stopped: ``"epochs"``, ``"early stopping"``, ``"interrupted"``, ``"non-finite loss"`` or
+            ``"degenerate weights"`` (log Z came to rest on one or two draws of its base).
         seconds: wall-clock seconds, those before a resume included.
         seed: the seed used; pass it for the same run again.
     """
@@ -59,7 +63,7 @@ def fit(
     data: Data,
     *,
     objective: Any = None,
-    train: nn.Module | Sequence[nn.Module] | None = None,
+    train: nn.Module | Sequence[nn.Module] | Sequence[Sequence[nn.Module]] | None = None,
     optimizer: MakeOptimizer | None = None,
     scheduler: MakeScheduler | None = None,
     epochs: int = 100,
@@ -76,18 +80,27 @@ def fit(
     """Train a model and guide by stochastic gradients on an ELBO, or on any other loss.
 
     Afterwards the trained modules hold the weights of the epoch with the lowest validation loss
-    (train loss where there is no validation) and are in ``eval()`` mode. All other modules behind
-    ``model`` and ``guide`` stay bit-identical, in ``eval()`` mode throughout. All randomness comes
-    from ``seed``; the global torch generator is left as it was, except for the one number drawn from
-    it where ``seed`` is None.
+    (train loss where there is no validation; the last epoch where that loss is no measure of fit) and are
+    in ``eval()`` mode. All other modules behind ``model`` and ``guide`` stay bit-identical, in ``eval()`` mode
+    throughout. All randomness comes from ``seed``; the global torch generator is left as it was, except for
+    the one number drawn from it where ``seed`` is None.
+
+    Training ends before its time where a loss, a gradient or a weight is not finite, and where the estimate of
+    log Z rests on one or two draws for an epoch (and at least 50 steps): an energy that runs away shows itself
+    there while its loss still falls. The best weights from before are kept, and a checkpoint too ends before.
 
     Args:
         model: a Pyro model, called with one minibatch of each data tensor.
         guide: its guide, called with the same.
         data: a tensor, or several with the same first dimension, along which minibatches are taken.
         objective: a Pyro ELBO such as ``pyro.infer.Trace_ELBO()`` (the default), or a function
-            ``(model, guide, *batch)`` that returns the loss as a scalar, summed over the batch.
-        train: the module or modules that learn; None: all that are found behind model and guide.
+            ``(model, guide, *batch)`` that returns the loss as a scalar, summed over the batch. An object
+            may also have ``validation(model, guide, *batch)``, the loss to validate with where its own is no
+            measure of fit, and ``state_dict()`` with ``load_state_dict()``, of tensors and plain values, which
+            checkpoints then hold. A sequence: one for each group of ``train``.
+        train: the module or modules that learn; None: all that are found behind model and guide. Groups,
+            as in ``[[vae], [energy]]``, take turns: with each minibatch each group makes a step while the others
+            stand still, in ``eval()`` mode. The first group's objective validates.
         optimizer: makes a torch optimiser from the list of parameters; Adam with lr=1e-3 by default.
         scheduler: makes a torch learning-rate scheduler from the optimiser, stepped after each epoch; for
             instance ``functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)``.
@@ -123,7 +136,7 @@ def fit(
     _check_numbers(epochs, batch_size, patience, clip_grad_norm, checkpoint_every, seed)
     tensors = checked_data("data", data)
     held_apart = checked_validation(validation, tensors)
-    loss = Objective(objective, model, guide)
+    losses = _objectives(objective, train, model, guide)
     saved = _saved_run(checkpoint, resume)
     if seed is None:
         seed = saved["seed"] if saved else int(torch.randint(2**62, ()))
@@ -131,12 +144,12 @@ def fit(
         # The loop finds these itself and says more about them.
         warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
         found = modules_of(model, guide)
-        _set_up(found, loss, [t[:batch_size] for t in tensors])
-        trained = _modules_to_train(train, found)
-        with _only_training(trained, found) as parameters:
+        _set_up(found, losses[0], [t[:batch_size] for t in tensors])
+        groups = _modules_to_train(train, found)
+        with _only_training([m for group in groups for m in group], found) as parameters:
             made = _make_optimizer(optimizer, parameters)
             run = Run(
-                loss, trained, parameters, made,
+                _with_losses(groups, losses, parameters), made,
                 *split_data(tensors, held_apart, seed),
                 batch_size=batch_size, clip_grad_norm=clip_grad_norm, seed=seed, named=train is not None,
                 scheduler=_make_scheduler(scheduler, made),
@@ -162,7 +175,7 @@ def _loop(
     try:
         with _bar(epochs, past.epoch, progress) as bar:
             run.keep(path is not None)
-            while past.epoch < epochs and not (exhausted := _exhausted(past, patience)):
+            while past.epoch < epochs and not (exhausted := _exhausted(run, patience)):
                 run.one_epoch()
                 past.seconds = seconds_before + time.perf_counter() - started
                 run.keep(path is not None)
@@ -170,14 +183,16 @@ def _loop(
                 bar.set_postfix(past.latest())
                 if path is not None and past.epoch % every == 0:
                     run.save(path)
-            exhausted = exhausted or _exhausted(past, patience)
+            exhausted = exhausted or _exhausted(run, patience)
         stopped, trouble = ("early stopping" if exhausted else "epochs"), None
+        if run.guard.doubtful:
+            trouble = f"{run.guard.problem(f'in epoch {past.epoch}')}; {run.kept()}"
     except KeyboardInterrupt:
         stopped, trouble = "interrupted", f"training was interrupted in epoch {past.epoch + 1}; {run.kept()}"
         if path is not None:
-            trouble += f"; fit(..., checkpoint={str(path)!r}, resume=True) continues after epoch {past.epoch}"
-    except NonFiniteError as error:
-        stopped, trouble = "non-finite loss", f"{error}; {run.kept()}"
+            trouble += f"; fit(..., checkpoint={str(path)!r}, resume=True) continues after epoch {run.resumes_after}"
+    except TrainingStopped as error:
+        stopped, trouble = error.reason, f"{error}; {run.kept()}"
     finally:
         run.restore_best()
     past.seconds = seconds_before + time.perf_counter() - started
@@ -186,8 +201,10 @@ def _loop(
     return stopped, trouble
 
 
-def _exhausted(past: Any, patience: int | None) -> bool:
-    return patience is not None and past.epoch - past.best_epoch >= patience
+def _exhausted(run: Run, patience: int | None) -> bool:
+    # Epochs in which log Z means nothing end otherwise: their weights recover, or the guard stops the run.
+    past = run.progress
+    return patience is not None and past.epoch - past.best_epoch >= patience and not run.guard.doubtful
 
 
 def _bar(epochs: int, done: int, progress: bool) -> Any:
@@ -211,11 +228,37 @@ def _saved_run(checkpoint: str | Path | None, resume: bool) -> dict[str, Any] | 
 def _set_up(found: list[nn.Module], loss: Objective, batch: list[Tensor]) -> None:
     """Call once what makes its parameters only when it is first called, as Pyro's autoguides do."""
     if any(isinstance(m, PyroModule) or not any(True for _ in m.parameters()) for m in found):
+        state = loss.state()
         with torch.no_grad(), evaluation_mode(*found):
             loss.value(*batch)
+        loss.load_state(state)
 
 
-def _modules_to_train(train: Any, found: list[nn.Module]) -> list[nn.Module]:
+def _takes_turns(train: Any) -> bool:
+    """Whether the modules to train are in groups."""
+    return isinstance(train, Sequence) and any(isinstance(item, Sequence) for item in train)
+
+
+def _objectives(
+    objective: Any, train: Any, model: Callable[..., Any], guide: Callable[..., Any]
+) -> list[Objective]:
+    """One objective, or one for each group of modules to train."""
+    if not isinstance(objective, Sequence) or isinstance(objective, str):
+        return [Objective(objective, model, guide)]
+    num_groups = len(train) if _takes_turns(train) else 1
+    if len(objective) != num_groups:
+        raise ValueError(
+            f"objective must be one objective or one for each group of train=, got {len(objective)} for "
+            f"{num_groups} group(s); groups are written train=[[vae], [energy]]"
+        )
+    made: dict[int, Objective] = {}
+    for index, item in enumerate(objective):
+        made.setdefault(id(item), Objective(item, model, guide, f"objective[{index}]"))
+    return [made[id(item)] for item in objective]
+
+
+def _modules_to_train(train: Any, found: list[nn.Module]) -> list[list[nn.Module]]:
+    """The modules that learn, in groups that take turns; one group unless ``train`` is nested."""
     if train is None:
         trained = [m for m in found if any(p.requires_grad for p in m.parameters())]
         if not trained:
@@ -223,22 +266,43 @@ def _modules_to_train(train: Any, found: list[nn.Module]) -> list[nn.Module]:
                 "no module with parameters was found behind model and guide; "
                 "name what shall learn with train=, for instance train=vae"
             )
-        return trained
-    trained = [train] if isinstance(train, nn.Module) else list(train) if isinstance(train, Sequence) else []
-    if not trained or not all(isinstance(m, nn.Module) for m in trained):
-        raise TypeError(f"train must be a torch.nn.Module or a sequence of them, got {train!r}")
-    for index, module in enumerate(trained):
-        if not any(p.requires_grad for p in module.parameters()):
-            raise ValueError(
-                f"train[{index}] ({type(module).__name__}) has no parameters that can learn; "
-                "leave it out, or set requires_grad on its parameters"
+        return [trained]
+    groups = list(train) if _takes_turns(train) else [[train] if isinstance(train, nn.Module) else train]
+    for group in groups:
+        if not isinstance(group, Sequence) or not group or not all(isinstance(m, nn.Module) for m in group):
+            raise TypeError(
+                "train must be a torch.nn.Module or a sequence of them, or a sequence of such sequences that take "
+                f"turns, got {train!r}"
             )
-    return trained
+    for name, group in zip(_group_names(groups), groups, strict=True):
+        for index, module in enumerate(group):
+            if not any(p.requires_grad for p in module.parameters()):
+                raise ValueError(
+                    f"{name}[{index}] ({type(module).__name__}) has no parameters that can learn; "
+                    "leave it out, or set requires_grad on its parameters"
+                )
+    return [list(group) for group in groups]
+
+
+def _group_names(groups: Sequence[Any]) -> list[str]:
+    return ["train"] if len(groups) == 1 else [f"train[{index}]" for index in range(len(groups))]
+
+
+def _with_losses(
+    groups: list[list[nn.Module]], losses: list[Objective], parameters: list[nn.Parameter]
+) -> list[Group]:
+    losses = losses * len(groups) if len(losses) == 1 else losses
+    made = []
+    for name, modules, loss in zip(_group_names(groups), groups, losses, strict=True):
+        inside = {id(p) for module in modules for p in module.parameters()}
+        made.append(Group(modules, [p for p in parameters if id(p) in inside], loss, name))
+    return made
 
 
 @contextlib.contextmanager
 def _only_training(trained: list[nn.Module], found: list[nn.Module]) -> Iterator[list[nn.Parameter]]:
     """Freeze all but the trained modules, and undo that afterwards; yield the parameters that learn."""
+    trained = list({id(m): m for m in trained}.values())
     parameters = list({id(p): p for m in trained for p in m.parameters() if p.requires_grad}.values())
     learning = {id(p) for p in parameters}
     modes = [(sub, sub.training) for m in [*found, *trained] for sub in m.modules()]

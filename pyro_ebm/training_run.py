@@ -9,104 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyro.infer
 import torch
-from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
 from pyro_ebm.checkpoints import load_into, require_match, weights_of, write
 from pyro_ebm.errors import CheckpointError
+from pyro_ebm.normalizers import weights_reported_to
 from pyro_ebm.parameters import forked_rng
 from pyro_ebm.training_data import Tensors, batches, checksum
+from pyro_ebm.training_guard import WeightGuard, require_finite
+from pyro_ebm.training_objective import Objective
 
-__all__ = ["NonFiniteError", "Objective", "Progress", "Run"]
-
-_REMEDY = (
-    "lower the learning rate, pass clip_grad_norm, or look for what is unbounded: an energy unbounded "
-    "below (missing log Z), a scale that goes to zero"
-)
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss, a gradient or a weight became NaN or infinite; the text says where and what to do."""
-
-
-class Objective:
-    """A Pyro ELBO or a function as a loss to take gradients of.
-
-    Args:
-        objective: None for ``Trace_ELBO()``, a Pyro ELBO, or ``(model, guide, *batch) -> scalar``.
-        model: the model.
-        guide: the guide.
-    """
-
-    def __init__(self, objective: Any, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
-        for name, item in {"model": model, "guide": guide}.items():
-            if not callable(item):
-                raise TypeError(f"{name} must be callable, got {type(item).__name__}")
-        objective = pyro.infer.Trace_ELBO() if objective is None else objective
-        is_elbo = isinstance(objective, pyro.infer.ELBO)
-        if isinstance(objective, type) or not (is_elbo or callable(objective)):
-            got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
-            raise TypeError(
-                f"objective must be a Pyro ELBO or a function (model, guide, *batch) -> loss, got {got}; "
-                "pass an instance such as pyro.infer.Trace_ELBO()"
-            )
-        self.elbo = objective
-        self.args = (model, guide)
-        self._loss = getattr(objective, "differentiable_loss", None) if is_elbo else objective
-
-    def value(self, *batch: Tensor) -> float:
-        """The loss summed over the batch, without gradients."""
-        with torch.no_grad():
-            loss = self.elbo.loss(*self.args, *batch) if self._loss is None else self._tensor(*batch)
-        return float(loss)
-
-    def gradients(self, parameters: list[nn.Parameter], *batch: Tensor) -> Tensor:
-        """Put the gradients of the loss per datum into the parameters; return that loss."""
-        num = batch[0].shape[0]
-        if self._loss is not None:
-            loss = self._tensor(*batch) / num
-            if not loss.requires_grad:
-                raise ValueError(
-                    "the loss does not depend on any parameter that is to be trained; check train=, and that "
-                    "model and guide use these modules without detach() or no_grad()"
-                )
-            loss.backward(inputs=parameters)
-            return loss.detach()
-        # RenyiELBO, TraceGraph_ELBO and their like insist on doing the backward pass themselves.
-        model, guide = self.args
-        loss = self.elbo.loss_and_grads(_with_parameter_site(model), guide, *batch)
-        for p in parameters:
-            if p.grad is not None:
-                p.grad /= num
-        return torch.as_tensor(loss, dtype=parameters[0].dtype, device=parameters[0].device) / num
-
-    def _tensor(self, *batch: Tensor) -> Tensor:
-        loss = self._loss(*self.args, *batch)  # type: ignore[misc]
-        # An ELBO in which nothing is learned or stochastic is a plain number.
-        loss = torch.as_tensor(loss) if isinstance(loss, int | float) else loss
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"objective must return one number, the loss summed over the batch, got {got}; add .sum()"
-            )
-        return loss.reshape(())
-
-
-def _with_parameter_site(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model with a site of type "param": without one these ELBOs skip the backward pass."""
-
-    def marked(*args: Any) -> Any:
-        _parameter_site(torch.zeros(()), name="_fit")
-        return model(*args)
-
-    return marked
-
-
-# Unlike pyro.param, it leaves the global parameter store alone.
-_parameter_site = effectful(lambda value: value, type="param")
-
+__all__ = ["Group", "Progress", "Run"]
 
 @dataclass
 class Progress:
@@ -125,14 +39,42 @@ class Progress:
         return {name: curve[-1] for name, curve in curves.items() if curve}
 
 
+@dataclass
+class Group:
+    """Modules that learn together, and what their steps minimise.
+
+    Args:
+        modules: they learn; all others stand still meanwhile.
+        parameters: those of their parameters that learn.
+        loss: what is minimised.
+        name: of the modules, for messages.
+    """
+
+    modules: Sequence[nn.Module]
+    parameters: list[nn.Parameter]
+    loss: Objective
+    name: str = "train"
+    checked: bool = False
+
+    def check_reach(self, named: bool) -> None:
+        """At the first step: do the gradients reach everything that was named to be trained?"""
+        for index, module in enumerate(self.modules):
+            if named and all(p.grad is None for p in module.parameters()):
+                raise ValueError(
+                    f"the loss does not depend on {self.name}[{index}] ({type(module).__name__}); leave it out of "
+                    "train=, or check that model and guide use this very module"
+                )
+        if all(p.grad is None for p in self.parameters):
+            raise ValueError("the loss does not depend on any parameter that is to be trained; check train=")
+        self.checked = True
+
+
 class Run:
     """Modules, optimiser, data and random states of one call of ``fit``.
 
     Args:
-        loss: what is minimised.
-        trained: the modules that learn, in the order of the checkpoint.
-        parameters: those of their parameters that learn.
-        optimizer: over these parameters.
+        groups: modules that learn, by the groups that take turns.
+        optimizer: over all their parameters.
         data: to train on.
         validation: to validate on, or None.
         batch_size: data per step.
@@ -145,9 +87,7 @@ class Run:
 
     def __init__(
         self,
-        loss: Objective,
-        trained: Sequence[nn.Module],
-        parameters: list[nn.Parameter],
+        groups: Sequence[Group],
         optimizer: torch.optim.Optimizer,
         data: Tensors,
         validation: Tensors | None,
@@ -159,25 +99,30 @@ class Run:
         frozen: Sequence[nn.Module] = (),
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
-        self.scheduler = scheduler
-        self.loss, self.trained, self.parameters, self.optimizer = loss, trained, parameters, optimizer
+        self.groups, self.optimizer, self.scheduler = groups, optimizer, scheduler
+        self.trained = list({id(m): m for group in groups for m in group.modules}.values())
+        self.parameters = list({id(p): p for group in groups for p in group.parameters}.values())
+        self.objectives = list({id(group.loss): group.loss for group in groups}.values())
         self.data, self.validation, self.batch_size = data, validation, batch_size
         self.clip_grad_norm, self.seed = clip_grad_norm, seed
-        self.device = parameters[0].device
+        self.device = self.parameters[0].device
         self.order = torch.Generator().manual_seed(seed + 1)
         self.progress = Progress()
-        self.best = weights_of(trained)
-        self._named, self._checked, self._frozen = named, False, frozen
+        self.guard = WeightGuard(math.ceil(data[0].shape[0] / batch_size))
+        self.best = weights_of(self.trained)
+        self._named, self._frozen = named, frozen
         self._resumable: dict[str, Any] = {}
         self._fixed: dict[str, Any] = {}
 
     def one_epoch(self) -> None:
         """One pass over the data, and what it did to the validation loss."""
         train_loss = self._train()
-        self._require_finite([_norm(self.parameters).item()], ["norm of the weights"], "the end")
+        require_finite([_norm(self.parameters).item()], ["norm of the weights"], self._where("the end"))
         loss = train_loss if self.validation is None else self._validate(self.validation)
-        self._require_finite([loss], ["validation loss"], "the end")
-        best = weights_of(self.trained) if loss < self.progress.best_loss else None
+        require_finite([loss], ["validation loss"], self._where("the end"))
+        # A loss that is no measure of fit chooses nothing: then the last weights are kept.
+        better = loss < self.progress.best_loss or (self.validation is None and not self.groups[0].loss.is_measure)
+        best = weights_of(self.trained) if better and not self.guard.doubtful else None
         if self.scheduler is not None:
             step: Callable[..., None] = self.scheduler.step
             plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
@@ -191,58 +136,65 @@ class Run:
             self.best, past.best_epoch, past.best_loss = best, past.epoch, loss
 
     def _train(self) -> float:
+        """One pass over the data; the mean loss of the first group's steps."""
+        num, total = self.data[0].shape[0], 0.0
+        order = torch.randperm(num, generator=self.order)
+        for step, batch in enumerate(batches(self.data, self.batch_size, self.device, order), start=1):
+            losses = []
+            for group in self.groups:
+                if step == 1 or len(self.groups) > 1:
+                    self._set_modes(group)
+                losses.append(self._step(group, step, batch))
+            total += losses[0] * batch[0].shape[0]
+        return total / num
+
+    def _set_modes(self, group: Group) -> None:
         for module in self.trained:
+            module.eval()
+        for module in group.modules:
             module.train()
         # A tilted model that learns may hold a base model that does not.
         for module in self._frozen:
             module.eval()
-        num, total = self.data[0].shape[0], 0.0
-        order = torch.randperm(num, generator=self.order)
-        for step, batch in enumerate(batches(self.data, self.batch_size, self.device, order), start=1):
-            total += self._step(step, batch) * batch[0].shape[0]
-        return total / num
 
-    def _step(self, step: int, batch: Tensors) -> float:
+    def _step(self, group: Group, step: int, batch: Tensors) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss.gradients(self.parameters, *batch)
-        if not self._checked:
-            self._check_reach()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = _norm(gradients)
-        # One transfer from the device for both numbers.
-        values = torch.stack([loss, norm.to(loss)]).tolist()
-        self._require_finite(values, ["loss", "norm of the gradient"], f"step {step}")
+        with weights_reported_to(self.guard.listen):
+            loss = group.loss.gradients(group.parameters, *batch)
+        if len(self.groups) > 1:
+            self._drop_gradients_outside(group)
+        if not group.checked:
+            group.check_reach(self._named)
+        norm = _norm([p.grad for p in group.parameters if p.grad is not None])
+        sizes, draws = self.guard.taken()
+        # One transfer from the device for all of them.
+        value, norm_value, *ess = torch.stack([t.to(loss) for t in (loss, norm, *sizes)]).tolist()
+        where = self._where(f"step {step}")
+        require_finite([value, norm_value], ["loss", "norm of the gradient"], where)
+        self.guard.judge(ess, draws, where)
         if self.clip_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(group.parameters, self.clip_grad_norm, norm)
         self.optimizer.step()
-        return values[0]
+        return value
 
-    def _check_reach(self) -> None:
-        """At the first step: do the gradients reach everything that was named to be trained?"""
-        for index, module in enumerate(self.trained):
-            if self._named and all(p.grad is None for p in module.parameters()):
-                raise ValueError(
-                    f"the loss does not depend on train[{index}] ({type(module).__name__}); leave it out of "
-                    "train=, or check that model and guide use this very module"
-                )
-        if all(p.grad is None for p in self.parameters):
-            raise ValueError("the loss does not depend on any parameter that is to be trained; check train=")
-        self._checked = True
+    def _drop_gradients_outside(self, group: Group) -> None:
+        """What some ELBOs leave in other groups; an optimiser passes over parameters without gradient."""
+        inside = {id(p) for p in group.parameters}
+        for p in self.parameters:
+            if id(p) not in inside:
+                p.grad = None
 
     def _validate(self, data: Tensors) -> float:
         for module in self.trained:
             module.eval()
         # The same noise at each epoch, so that a difference between epochs is one between weights.
         with forked_rng(self.seed + 2):
-            total = sum(self.loss.value(*batch) for batch in batches(data, self.batch_size, self.device))
+            measure = self.groups[0].loss.validation
+            total = sum(measure(*batch) for batch in batches(data, self.batch_size, self.device))
         return total / data[0].shape[0]
 
-    def _require_finite(self, values: list[float], names: list[str], where: str) -> None:
-        for value, name in zip(values, names, strict=True):
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"the {name} became {value} in epoch {self.progress.epoch + 1} at {where}; {_REMEDY}"
-                )
+    def _where(self, place: str) -> str:
+        return f"in epoch {self.progress.epoch + 1} at {place}"
 
     def kept(self) -> str:
         """Which weights the modules hold after :meth:`restore_best`, in words."""
@@ -253,9 +205,15 @@ class Run:
         """Put the best weights so far into the modules."""
         load_into(self.trained, self.best)
 
+    @property
+    def resumes_after(self) -> int:
+        """The epoch after which a checkpoint written now goes on."""
+        return int(self._resumable.get("epoch", 0))
+
     def keep(self, wanted: bool) -> None:
         """Copy the state at the end of an epoch: what an interruption in the next one resumes from."""
-        if not wanted:
+        # A checkpoint ends with the last epoch that is worth going on from.
+        if not wanted or self.guard.doubtful:
             return
         on_gpu = self.device.type == "cuda"
         self._resumable = {
@@ -267,6 +225,8 @@ class Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
             "order": self.order.get_state(),
+            "objectives": [loss.state() for loss in self.objectives],
+            "weight_sizes": list(self.guard.recent),
         }
 
     def save(self, path: str | Path) -> None:
@@ -277,6 +237,7 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
         if not self._fixed:
+            turns = len(self.groups) > 1
             self._fixed = {
                 "classes": [type(module).__name__ for module in self.trained],
                 "optimizer_class": type(self.optimizer).__name__,
@@ -285,6 +246,8 @@ class Run:
                 "batch_size": self.batch_size,
                 "data": checksum(self.data),
                 "validation": checksum(self.validation),
+                # None for one group, which is what older files have.
+                "groups": [[self.trained.index(m) for m in g.modules] for g in self.groups] if turns else None,
             }
         return self._fixed
 
@@ -304,6 +267,10 @@ class Run:
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(saved["scheduler"])
             self.order.set_state(saved["order"])
+            states = saved.get("objectives", [None] * len(self.objectives))
+            for loss, state in zip(self.objectives, states, strict=True):
+                loss.load_state(state)
+            self.guard.recent.extend(saved.get("weight_sizes", []))
             torch.set_rng_state(saved["rng"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(saved["cuda_rng"], self.device)

@@ -391,7 +391,7 @@ def test_hard_walls_are_fine():
 
 def test_errors():
     base, energy = dist.Normal(torch.zeros(2), 1.0).to_event(1), LinearEnergy([0.5, 0.5])
-    with pytest.raises(ValueError, match=r"method must be one of \('importance', 'qmc', 'smc', 'ais'\), got 'mcmc'"):
+    with pytest.raises(ValueError, match=r"method must be one of \('importance', 'qmc', 'smc', .*\), got 'mcmc'"):
         log_normalizer(base, energy, method="mcmc")
     with pytest.raises(ValueError, match=r"method must be one of \('importance', 'qmc'\), got 'smc'"):
         Normalizer("smc")
