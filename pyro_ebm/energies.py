@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pyro_ebm.parameters import modules_of
 
@@ -143,6 +145,34 @@ def _split_batch(value: Tensor, event_shape: torch.Size, owner: Energy) -> torch
     return batch
 
 
+class _SpectralNorms:
+    """The spectral norms of an energy's layers, which in ``train()`` mode follow the weights by power iteration.
+
+    torch iterates at every call, so that two calls in one training step would be of two functions. Here
+    the first call after a change of the weights iterates, and the others see the same energy.
+
+    Args:
+        wanted: whether layers get one at all.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
+        self._seen: dict[str, int] = {}
+
+    def on(self, layer: nn.Module) -> nn.Module:
+        return parametrizations.spectral_norm(layer) if self.wanted else layer
+
+    def follow(self, energy: Energy) -> None:
+        """To be called before the layers are."""
+        for name, module in energy.named_modules() if self.wanted else ():
+            if isinstance(module, ParametrizationList):
+                version = module.original._version if energy.training else 0
+                for norm in module:
+                    norm.training = energy.training and self._seen.get(name) != version
+                if energy.training:
+                    self._seen[name] = version
+
+
 class MLPEnergy(Energy):
     """A multilayer perceptron from one event to one number.
 
@@ -151,6 +181,9 @@ class MLPEnergy(Energy):
             scalar site.
         hidden: widths of the hidden layers.
         activation: module class between the layers; a smooth one, because samplers take gradients.
+        spectral_norm: divide the weights of each layer by their largest singular value, which bounds the slope
+            of the energy by that of the activations (1.1 a layer for SiLU); ``beta * energy`` allows a steeper one.
+            Such a module is saved by its state dict (``save_weights``, checkpoints), torch cannot pickle it.
     """
 
     def __init__(
@@ -159,18 +192,21 @@ class MLPEnergy(Energy):
         *,
         hidden: Sequence[int] = (128, 128),
         activation: type[nn.Module] = nn.SiLU,
+        spectral_norm: bool = False,
     ) -> None:
         super().__init__()
         self.event_shape = _event_shape(event_dim_size, "event_dim_size")
+        self._norms = _SpectralNorms(spectral_norm)
         widths = [math.prod(self.event_shape), *hidden]
         layers: list[nn.Module] = []
         for size_in, size_out in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Linear(size_in, size_out), activation()]
-        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+            layers += [self._norms.on(nn.Linear(size_in, size_out)), activation()]
+        self.net = nn.Sequential(*layers, self._norms.on(nn.Linear(widths[-1], 1)))
 
     def forward(self, value: Tensor) -> Tensor:
         batch = _split_batch(value, self.event_shape, self)
         flat = value.reshape(*batch, self.event_shape.numel())
+        self._norms.follow(self)
         return self.net(_floating(flat)).squeeze(-1)
 
 
@@ -181,6 +217,7 @@ class ConvEnergy(Energy):
         event_shape: (channels, height, width).
         channels: feature maps of each stride-2 layer.
         activation: module class between the layers.
+        spectral_norm: as in :class:`MLPEnergy`; of a convolution the norm of its kernel as a matrix.
     """
 
     def __init__(
@@ -189,22 +226,26 @@ class ConvEnergy(Energy):
         *,
         channels: Sequence[int] = (32, 64),
         activation: type[nn.Module] = nn.SiLU,
+        spectral_norm: bool = False,
     ) -> None:
         super().__init__()
         self.event_shape = _event_shape(event_shape, "event_shape")
         if len(self.event_shape) != 3:
             raise ValueError(f"event_shape must be (channels, height, width), got {tuple(self.event_shape)}")
+        self._norms = _SpectralNorms(spectral_norm)
         widths = [self.event_shape[0], *channels]
         layers: list[nn.Module] = []
         for size_in, size_out in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Conv2d(size_in, size_out, 3, stride=2, padding=1), activation()]
+            convolution = nn.Conv2d(size_in, size_out, 3, stride=2, padding=1)
+            layers += [self._norms.on(convolution), activation()]
         self.features = nn.Sequential(*layers, nn.Flatten())
         with torch.no_grad():
             num_features = self.features(torch.zeros(1, *self.event_shape)).shape[1]
-        self.head = nn.Linear(num_features, 1)
+        self.head = self._norms.on(nn.Linear(num_features, 1))
 
     def forward(self, value: Tensor) -> Tensor:
         batch = _split_batch(value, self.event_shape, self)
+        self._norms.follow(self)
         return self.head(self.features(value.reshape(-1, *self.event_shape))).reshape(batch)
 
 
