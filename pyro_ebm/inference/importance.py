@@ -32,12 +32,26 @@ class DoesNotBroadcast(ValueError):
 
 
 class LogLikelihood(NamedTuple):
-    """Per-datum log likelihood, its standard error, and the Pareto k and ESS of its weights; each (n,)."""
+    """Log likelihood of each datum with its errors.
+
+    Args:
+        value: (n,)
+        se: (n,) standard error, that of log Z included.
+        pareto_k: (n,) of the weights of each datum; above 0.7 do not trust its value.
+        ess: (n,) effective sample size of the same weights.
+        log_z_se: (n,) the part of ``se`` that comes from log Z: one error that all data share. Zero without a tilt.
+    """
 
     value: Tensor
     se: Tensor
     pareto_k: Tensor
     ess: Tensor
+    log_z_se: Tensor
+
+    def mean(self) -> Estimate:
+        """Mean over the data, with its Monte Carlo error: it falls with n but for that of log Z."""
+        own = (self.se**2 - self.log_z_se**2).clamp(min=0).sum().sqrt() / len(self.se)
+        return Estimate(self.value.mean(), (own**2 + self.log_z_se.mean() ** 2).sqrt())
 
 
 def importance(
@@ -238,40 +252,68 @@ def log_likelihood(
     x: Tensor,
     *,
     num_samples: int = 1000,
+    log_z: Estimate | None = None,
     seed: int | None = None,
     batch_size: int = 100,
 ) -> LogLikelihood:
     r"""Importance-weighted estimate of ``log p(x_i)`` for each datum.
 
     ``log 1/K sum_k p(x_i, z_k) / q(z_k | x_i)``, ``z_k ~ q``; for a tilted model minus its log Z,
-    whose error is added in quadrature. Below the truth in expectation, closing as K grows.
+    whose error is added in quadrature. Before log Z is taken off, below the truth in expectation, closing as K
+    grows; too small a log Z (a tilt that draws of its base miss) makes it too high.
 
     Args:
         model: takes ``x``; all its sites lie in one plate at dim -1, along the data.
         guide: proposes the latent sites given ``x``.
         x: (n, *event).
         num_samples: draws per datum, K.
+        log_z: log Z of the tilt and its error, where better known than from 100,000 draws of the base: what
+            ``log_normalizer(..., method="ais")`` returns.
         seed: a number for the same answer twice.
         batch_size: data per pass, to bound memory.
 
     Returns:
-        ``value``, ``se``, ``pareto_k``, ``ess``, each (n,).
+        ``value``, ``se``, ``pareto_k``, ``ess``, ``log_z_se``, each (n,); ``.mean()`` over the data counts the error
+        of log Z once.
+
+    Raises:
+        ValueError: a model that does not fit the description; ``log_z`` of one without a tilt, or not finite.
+
+    Warns:
+        InferenceWarning: a log Z that draws of the base cannot tell; give ``log_z=`` then.
 
     Reference:
         Burda, Grosse, Salakhutdinov (2016), Importance Weighted Autoencoders.
     """
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    _check_log_z(model, log_z)
     with random_stream(seed), torch.no_grad(), evaluation_mode(model, guide):
         parts = [_data_draws(model, guide, rows, num_samples)[1] for rows in x.split(batch_size)]
         log_weights = torch.cat(parts, 1)
         value, se = importance_estimate(log_weights)
-        if isinstance(model, TiltedModel) and model.normalize is not False:
+        log_z_se = torch.zeros_like(se)
+        if isinstance(model, TiltedModel) and (log_z is not None or model.normalize is not False):
             # A stream of its own: the two errors are added as independent ones.
-            log_z = _log_normalizer(model, x, batch_size, None if seed is None else seed + 1)
-            value, se = value - log_z.value, (se**2 + log_z.se**2).sqrt()
+            found = log_z
+            if found is None:
+                found = _log_normalizer(model, x, batch_size, None if seed is None else seed + 1)
+            shift, error = (torch.as_tensor(part).to(se) for part in found)
+            value, log_z_se = value - shift, error.expand(len(x)).clone()
+            se = (se**2 + log_z_se**2).sqrt()
     k = torch.tensor([psis(column)[1] for column in log_weights.T])
-    return LogLikelihood(value, se, k, importance_ess(log_weights.T.log_softmax(-1)))
+    return LogLikelihood(value, se, k, importance_ess(log_weights.T.log_softmax(-1)), log_z_se)
+
+
+def _check_log_z(model: Callable[..., Any], log_z: Estimate | None) -> None:
+    if log_z is None:
+        return
+    if not isinstance(model, TiltedModel):
+        raise ValueError("log_z is given, but the model is not tilted: it is normalised; leave log_z out")
+    if isinstance(model.normalize, Tensor):
+        raise ValueError("log_z is given twice: by tilt(..., normalize=number) and by log_z=; leave one out")
+    if not all(bool(torch.as_tensor(part).isfinite().all()) for part in log_z):
+        raise ValueError(f"log_z must be finite with a finite standard error, got {tuple(map(float, log_z))}")
 
 
 def _log_normalizer(model: TiltedModel, x: Tensor, batch_size: int, seed: int | None) -> Estimate:

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_ebm import VAE, LinearEnergy, QuadraticEnergy, log_likelihood, tilt
+from pyro_ebm import (
+    VAE,
+    Estimate,
+    InferenceWarning,
+    LinearEnergy,
+    QuadraticEnergy,
+    log_likelihood,
+    log_normalizer,
+    tilt,
+)
 from pyro_ebm.inference.importance import posterior_draws
 
 W = torch.tensor([[1.0, 0.5, -0.3], [0.2, -0.8, 0.6]])
@@ -108,6 +117,61 @@ def test_error_of_log_z_is_included():
     covered(found, exact(x, mean=a))
 
 
+def test_the_mean_counts_the_error_of_log_z_once():
+    a, x = torch.tensor([1.0, -0.5]), data(8)
+    found = log_likelihood(tilt(linear, {"z": LinearEnergy(a)}), wide_guide, x, num_samples=400, seed=0)
+    alone = log_likelihood(linear, wide_guide, x, num_samples=400, seed=0)
+    assert (alone.log_z_se == 0).all() and (found.log_z_se > 0).all()
+    value, se = alone.mean()
+    assert value == alone.value.mean()
+    torch.testing.assert_close(se, alone.se.square().sum().sqrt() / 8)
+    value, se = found.mean()
+    own = (found.se**2 - found.log_z_se**2).sum() / 64
+    torch.testing.assert_close(se, (own + found.log_z_se[0] ** 2).sqrt())
+    assert abs(value - exact(x, mean=a).mean()) < 4 * se
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.InferenceWarning")  # few draws
+def test_errors_of_the_mean_are_neither_too_small_nor_too_large():
+    a, x = torch.tensor([0.8, -0.5]), data(5)
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    scores = []
+    for seed in range(40):  # a log Z whose error dominates: without it scores would be many times larger
+        log_z = log_normalizer(base, LinearEnergy(a), num_samples=400, seed=seed)
+        model = tilt(linear, {"z": LinearEnergy(a)}, normalize=False)
+        value, se = log_likelihood(model, wide_guide, x, num_samples=400, log_z=log_z, seed=seed).mean()
+        scores.append((value - exact(x, mean=a).mean()) / se)
+    # Chi squared with 40 degrees of freedom, over 40: standard deviation 0.22
+    assert 0.35 < float(torch.stack(scores).square().mean()) < 2.0
+
+
+def test_log_z_from_elsewhere():
+    """A tilt so far that draws of the base miss it: they warn, and annealing knows better."""
+    a, x = torch.tensor([3.5, -3.5]), data(3) + 3
+    model = tilt(linear, {"z": LinearEnergy(a)})
+    with pytest.warns(InferenceWarning, match="the estimate of log Z is not reliable"):
+        log_likelihood(model, wide_guide, x, num_samples=50, seed=0)
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    log_z = log_normalizer(base, LinearEnergy(a), method="ais", num_samples=256, seed=0)
+    unnormalised = log_likelihood(model.unnormalized(), wide_guide, x, num_samples=500, seed=0)
+    found = log_likelihood(model, wide_guide, x, num_samples=500, log_z=log_z, seed=0)
+    torch.testing.assert_close(found.value, unnormalised.value - log_z.value)
+    torch.testing.assert_close(found.se, (unnormalised.se**2 + log_z.se**2).sqrt())
+    assert (found.log_z_se == log_z.se).all()
+
+
+def test_log_z_that_does_not_belong():
+    x, log_z = data(2), Estimate(torch.tensor(0.6), torch.tensor(0.1))
+    energy = {"z": LinearEnergy([1.0, -0.5])}
+    with pytest.raises(ValueError, match="log_z is given, but the model is not tilted"):
+        log_likelihood(linear, wide_guide, x, log_z=log_z)
+    with pytest.raises(ValueError, match="log_z is given twice"):
+        log_likelihood(tilt(linear, energy, normalize=0.6), wide_guide, x, log_z=log_z)
+    with pytest.raises(ValueError, match=r"log_z must be finite .* got \(nan, "):
+        bad = Estimate(torch.tensor(math.nan), torch.tensor(0.1))
+        log_likelihood(tilt(linear, energy), wide_guide, x, log_z=bad)
+
+
 def test_a_log_z_given_by_the_user_is_used():
     a = torch.tensor([1.0, -0.5])
     x = data(4)
@@ -197,7 +261,7 @@ def test_bad_weights_are_visible():
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", dist.Normal(posterior(x)[0], 0.02).to_event(1))
 
-    assert (log_likelihood(linear, narrow, data(3), num_samples=1000, seed=0).pareto_k > 0.7).all()
+    assert log_likelihood(linear, narrow, data(20), num_samples=1000, seed=0).pareto_k.median() > 0.7
 
 
 def test_models_it_is_not_for():

@@ -8,13 +8,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ebm import Estimate, InferenceError, LinearEnergy, QuadraticEnergy
+from pyro_ebm import Estimate, InferenceError, InferenceWarning, LinearEnergy, QuadraticEnergy
 from pyro_ebm.energies import gaussian_log_normalizer
 from pyro_ebm.inference.ais import BoundedEstimate
 from pyro_ebm.inference.log_normalizer import log_normalizer
 
-METHODS = ["smc", "ais"]
-SIZE = {"smc": 2048, "ais": 512}
+METHODS = ["smc", "bridge", "ais"]
+SIZE = {"smc": 2048, "bridge": 2048, "ais": 512}
 
 
 def estimate(base, energy, method, **options):
@@ -43,7 +43,7 @@ def test_gaussian_base(method, energy):
     assert isinstance(found, Estimate) and value == found.value and se == found.se
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["smc", "ais"])
 def test_a_tilt_too_far_for_importance_sampling(method):
     a = torch.full((8,), 5.0 / math.sqrt(8))
     base = dist.Normal(torch.zeros(8), 1.0).to_event(1)
@@ -92,7 +92,8 @@ def test_seeds_and_dtypes(method, rng_untouched):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"method must be one of \('importance', 'qmc', 'smc', 'ais'\), got 'mcmc'"):
+    known = r"\('importance', 'qmc', 'smc', 'bridge', 'ais'\)"
+    with pytest.raises(ValueError, match=f"method must be one of {known}, got 'mcmc'"):
         log_normalizer(dist.Normal(0.0, 1.0), LinearEnergy(1.0), method="mcmc")
     mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2), 1.0))
     uniform = dist.Uniform(torch.zeros(3), torch.ones(3))
@@ -107,3 +108,76 @@ def test_errors():
             estimate(dist.Normal(0.0, 1.0), 3.0, method)
         with pytest.raises(ValueError, match="one number per batch element"):
             estimate(dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda v: v, method)
+
+
+# Every estimator on the oracles, up to 64 dimensions, at the strength each is meant for
+
+DIMS = (2, 8, 32, 64)
+SHIFT = {"importance": 1.0, "qmc": 1.0, "smc": 3.0, "bridge": 2.5, "ais": 3.0}
+
+
+def oracle(method, shape, dim):
+    """A shift by ``SHIFT`` standard deviations, or a curvature that is as hard."""
+    shift = SHIFT[method]
+    energy = {"linear": LinearEnergy(torch.full((dim,), shift / math.sqrt(dim))),
+              "quadratic": QuadraticEnergy(shift / math.sqrt(dim))}[shape]  # fmt: skip
+    return energy, float(gaussian_log_normalizer(energy, torch.zeros(dim), torch.ones(dim)).detach())
+
+
+def agrees(method, shape, dim, seed):
+    """Within as many of its own errors as are 4 of a normal law, given how few islands or groups tell the error."""
+    energy, truth = oracle(method, shape, dim)
+    num = {"importance": 8192, "qmc": 8192, "smc": 2048, "bridge": 2048, "ais": 256}[method]
+    found = log_normalizer(
+        dist.Normal(torch.zeros(dim), 1.0).to_event(1), energy, method=method, num_samples=num, seed=seed, strict=True
+    )
+    scores = 4.0 if method == "importance" else 5.5
+    assert 0 < found.se < 0.2 and abs(found.value - truth) < scores * found.se, (found, truth)
+    if method == "ais":
+        assert found.lower < truth < found.upper
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("shape", ["linear", "quadratic"])
+@pytest.mark.parametrize("method", ["importance", "qmc"])
+def test_draws_of_the_base_agree_with_the_oracle(method, shape, dim):
+    agrees(method, shape, dim, seed=0)
+
+
+@pytest.mark.parametrize("method, shape, dim", [("smc", "linear", 8), ("bridge", "quadratic", 8), ("ais", "linear", 2)])
+def test_annealed_estimates_agree_with_the_oracle(method, shape, dim):
+    agrees(method, shape, dim, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("shape", ["linear", "quadratic"])
+@pytest.mark.parametrize("method", METHODS)
+def test_annealed_estimates_agree_with_the_oracle_up_to_64_dimensions(method, shape, dim):
+    agrees(method, shape, dim, seed=0)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_importance_says_where_it_is_lost(dim):
+    base = dist.Normal(torch.zeros(dim), 1.0).to_event(1)
+    energy = LinearEnergy(torch.full((dim,), 6.0 / math.sqrt(dim)))
+    with pytest.warns(InferenceWarning, match="Pareto k = .* > 0.7"):
+        log_normalizer(base, energy, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.InferenceWarning")  # what is shown is why it warns
+def test_the_bridge_is_sharper_than_importance():
+    energy = LinearEnergy([2.0, 2.0])
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    bridged = estimate(base, energy, "bridge")
+    assert_right(bridged, 4.0)
+    plain = torch.stack([log_normalizer(base, energy, num_samples=2048, seed=seed).value for seed in range(50)])
+    assert bridged.se < 0.7 * (plain - 4.0).square().mean().sqrt()
+
+
+def test_a_bridge_without_ends_that_meet():
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    with pytest.warns(InferenceWarning, match="bridge: the base and the tilt hardly overlap .* method=.ais."):
+        estimate(base, LinearEnergy([8.0, 0.0]), "bridge")
+    with pytest.raises(InferenceError, match="hardly overlap"):
+        estimate(base, LinearEnergy([8.0, 0.0]), "bridge", strict=True)
