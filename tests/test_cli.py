@@ -154,3 +154,75 @@ def test_a_class_that_is_not_there(tmp_path):
     result = invoke("debias", *"--digits 0,12 --proportions 0.5,0.5 --out".split(), str(tmp_path))
     assert result.exit_code == 2
     assert re.search(r"classes must be among the labels of digits.*unknown: \[12\]", result.stderr)
+
+
+# --------------------------------------------------------------------------------- debias-study
+
+STUDY_OPTIONS = """--data --data-root --digits --proportions --fraction --reference-sizes --latent-dims --seeds
+--methods --out --quick --progress""".split()
+
+
+def test_help_of_the_study_lists_the_options():
+    result = invoke("debias-study", "--help")
+    assert result.exit_code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    for option in STUDY_OPTIONS:
+        assert re.search(rf"{option}\b", text), option
+
+
+def fake_study(error: str | None) -> Any:
+    """What a study of two seeds and one method would have found."""
+    import pandas as pd
+
+    from pyro_ebm import StudyConfig, StudyResult
+
+    def run(config: Any, *, out: Any) -> Any:
+        rows = [
+            {"method": "biased", "latent_dim": 2, "seed": seed, "reference_size": 0, "error": why, "tv": tv}
+            for seed, tv, why in ((0, 0.1, None), (1, 0.2, error))
+        ]
+        assert isinstance(config, StudyConfig)
+        return StudyResult(config, pd.DataFrame(rows))
+
+    return run
+
+
+def test_the_study_prints_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_ebm.recipes.debias_study.debias_study", fake_study(None))
+    result = invoke("debias-study", "--latent-dims", "2", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"means over seeds", result.stdout)
+    assert re.search(r"^ *2 +0 +biased +2 +0\.150 \+- 0\.050 +- ", result.stdout, flags=re.MULTILINE)
+    assert str(tmp_path / "study.csv") in result.stdout and result.stderr == ""
+
+
+def test_the_study_names_cells_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_ebm.recipes.debias_study.debias_study", fake_study("ValueError: too few"))
+    result = invoke("debias-study", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "failed: biased, 2 dimensions, 0 images, seed 1: ValueError: too few" in result.stderr
+
+
+def test_an_interrupted_study_says_how_to_continue(tmp_path, monkeypatch):
+    def stopped(config: Any, *, out: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_ebm.recipes.debias_study.debias_study", stopped)
+    result = invoke("debias-study", "--out", str(tmp_path))
+    assert result.exit_code == 130 and "the same command continues" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ("--seeds 0,one", "--seeds must be numbers separated by commas, got '0,one'"),
+        ("--reference-sizes 5", r"reference_sizes must be different numbers of at least 10, got \(5,\)"),
+        ("--latent-dims 2,2", "latent_dims must be different numbers of at least 1"),
+        ("--methods tilt,magic", "methods must be among"),
+    ],
+)
+def test_bad_options_of_the_study(tmp_path, arguments, match):
+    result = invoke("debias-study", *arguments.split(), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert re.search(match, result.stderr) and result.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
 from pyro_ebm import datasets
@@ -27,11 +24,12 @@ from pyro_ebm.inference.quadrature import quadrature
 from pyro_ebm.inference.sample import sample
 from pyro_ebm.models.vae import VAE
 from pyro_ebm.parameters import forked_rng, one_thread
+from pyro_ebm.recipes.baselines import fine_tune, train_vae
 from pyro_ebm.recipes.debias_config import DATASETS, DebiasConfig, Schedule
 from pyro_ebm.statistics import ess_bulk
 from pyro_ebm.tilt_fit import fit_tilt
 from pyro_ebm.tilts import TiltedModel, tilt
-from pyro_ebm.training import FitResult, fit
+from pyro_ebm.training import FitResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,6 +131,28 @@ def prior_model(vae: VAE) -> Any:
     return model
 
 
+def train_tilt(
+    vae: VAE, reference: Tensor, schedule: Schedule, *, seed: int, progress: bool = True
+) -> tuple[Energy, FitResult]:
+    """Maximum likelihood of the latent tilt on the reference images, encoder and decoder frozen."""
+    with forked_rng(seed):
+        energy = MLPEnergy(vae.latent_dim)
+    # Quasi-random draws make log Z far less noisy, where there are few dimensions to fill.
+    normalize = "qmc" if vae.latent_dim <= 8 else "importance"
+    result = fit_tilt(
+        tilt(vae.model, {"z": energy}, normalize=normalize),
+        vae.guide,
+        reference,
+        num_particles=max(32, _POSTERIOR_POINTS // len(reference)),
+        epochs=schedule.tilt_epochs,
+        # With a few images a validation share is too small to choose an epoch by, and too large to lose.
+        validation=0.1 if len(reference) >= 1000 else None,
+        seed=seed,
+        progress=progress,
+    )
+    return energy, result
+
+
 @dataclass
 class _Job:
     config: DebiasConfig
@@ -151,9 +171,9 @@ class _Job:
             labelled = split.classifier
             classifier = LabelClassifier.fit(labelled.images, labelled.labels, seed=config.seed)
         with self.timed("vae"):
-            vae, vae_fit = self.train_vae(split.biased.images, seed=config.seed)
+            vae, vae_fit = train_vae(split.biased.images, config.latent_dim, self.schedule, **self.run_options)
         with self.timed("tilt"):
-            energy, tilt_fit = self.train_tilt(vae, split.reference.images)
+            energy, tilt_fit = train_tilt(vae, split.reference.images, self.schedule, **self.run_options)
         prior = tilt(prior_model(vae), {"z": energy}, normalize=False)
         tilted = tilt(vae.model, {"z": energy})
         image = split.test.images[:1]
@@ -189,43 +209,9 @@ class _Job:
     def schedule(self) -> Schedule:
         return Schedule.of(self.config)
 
-    def train_vae(self, images: Tensor, *, seed: int) -> tuple[VAE, FitResult]:
-        with forked_rng(seed):
-            vae = VAE(images.shape[1:], self.config.latent_dim, hidden=self.schedule.hidden)
-        return vae, self.fit_vae(vae, images, seed=seed)
-
-    def fit_vae(self, vae: VAE, images: Tensor, *, seed: int) -> FitResult:
-        return fit(
-            vae.model,
-            vae.guide,
-            images,
-            objective=TraceMeanField_ELBO(),
-            optimizer=functools.partial(torch.optim.Adam, lr=1e-3),
-            epochs=self.schedule.vae_epochs,
-            batch_size=self.schedule.vae_batch,
-            patience=self.schedule.patience,
-            seed=seed,
-            progress=self.config.progress,
-        )
-
-    def train_tilt(self, vae: VAE, reference: Tensor) -> tuple[Energy, FitResult]:
-        """Maximum likelihood of the tilt on the reference images, encoder and decoder frozen."""
-        with forked_rng(self.config.seed):
-            energy = MLPEnergy(self.config.latent_dim)
-        # Quasi-random draws make log Z far less noisy, where there are few dimensions to fill.
-        normalize = "qmc" if self.config.latent_dim <= 8 else "importance"
-        result = fit_tilt(
-            tilt(vae.model, {"z": energy}, normalize=normalize),
-            vae.guide,
-            reference,
-            num_particles=max(32, _POSTERIOR_POINTS // len(reference)),
-            epochs=self.schedule.tilt_epochs,
-            # With a few images a validation share is too small to choose an epoch by, and too large to lose.
-            validation=0.1 if len(reference) >= 1000 else None,
-            seed=self.config.seed,
-            progress=self.config.progress,
-        )
-        return energy, result
+    @property
+    def run_options(self) -> dict[str, Any]:
+        return {"seed": self.config.seed, "progress": self.config.progress}
 
     def sample_all(self, *target: Any, guide: Any = None, share: float = 1.0) -> dict[str, Draws]:
         return {
@@ -303,9 +289,9 @@ class _Job:
         likelihoods: dict[str, LogLikelihood],
     ) -> None:
         """What else one could do with the reference set: train on it alone, or fine-tune on it."""
-        fine_tuned = copy.deepcopy(vae)
-        self.fit_vae(fine_tuned, split.reference.images, seed=self.config.seed)
-        alone, _ = self.train_vae(split.reference.images, seed=self.config.seed)
+        images, budget = split.reference.images, len(split.biased)
+        fine_tuned, _ = fine_tune(vae, images, self.schedule, budget=budget, **self.run_options)
+        alone, _ = train_vae(images, self.config.latent_dim, self.schedule, budget=budget, **self.run_options)
         for name, other in (("reference_only", alone), ("fine_tuned", fine_tuned)):
             balances[name] = self.generated_balance(other, classifier, split.classes)
             likelihoods[name] = self.test_likelihood(other.model, other, split)

@@ -1,0 +1,138 @@
+"""What one could do with biased images and a small balanced set instead of a tilt."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor
+
+from pyro_ebm.diagnostics.density_ratio import DensityRatio, density_ratio
+from pyro_ebm.models.vae import VAE
+from pyro_ebm.parameters import forked_rng
+from pyro_ebm.recipes.debias_config import Schedule
+from pyro_ebm.training import FitResult, fit
+
+__all__ = ["WeightedELBO", "fine_tune", "train_vae", "train_weighted"]
+
+_LEARNING_RATE = 1e-3
+# Few images need a larger share to stop by: a tenth of 50 is too few to see overfitting in.
+_FEW, _VALIDATION, _VALIDATION_OF_FEW = 500, 0.1, 0.2
+
+
+class WeightedELBO:
+    """The negative ELBO with a weight for each datum, ``-sum_i w_i ELBO(x_i)``; no log Z enters.
+
+    For :func:`fit` with data ``(x, weights)``. Gradients are those of ``TraceMeanField_ELBO``: reparameterised,
+    with KL divergences in closed form. Model and guide see ``x`` alone; their sites lie in a plate along the data.
+
+    Example:
+        >>> import torch
+        >>> from pyro_ebm import VAE, fit
+        >>> vae, x = VAE((4,), latent_dim=1, hidden=(8,)), torch.rand(64, 4)
+        >>> weights = torch.where(x[:, 0] > 0.5, 2.0, 0.5)
+        >>> result = fit(vae.model, vae.guide, (x, weights), objective=WeightedELBO(), epochs=2, progress=False)
+        >>> result.epochs
+        2
+    """
+
+    def __call__(self, model: Any, guide: Any, x: Tensor, weights: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            model: takes ``x``.
+            guide: likewise.
+            x: (n, *event).
+            weights: (n,) positive.
+        """
+        if weights.shape != x.shape[:1]:
+            raise ValueError(f"weights must have shape ({len(x)},), one for each datum, got {tuple(weights.shape)}")
+        scaled = (poutine.scale(each, scale=weights) for each in (model, guide))
+        return TraceMeanField_ELBO().differentiable_loss(*scaled, x)
+
+
+def train_vae(
+    images: Tensor, latent_dim: int, schedule: Schedule, *,
+    weights: Tensor | None = None, budget: int | None = None, seed: int, progress: bool = True,
+) -> tuple[VAE, FitResult]:  # fmt: skip
+    """Train a new VAE.
+
+    Args:
+        images: (n, *event_shape).
+        latent_dim: dimensions of z.
+        schedule: widths, epochs, batch size and patience.
+        weights: (n,) of the images; equal when ``None``.
+        budget: give as many gradient steps as so many images would get, where that is more, and hold more of a
+            small set apart to stop by; ``None``: the epochs of the schedule.
+        seed: of the initial weights and of training.
+        progress: show a progress bar.
+
+    Returns:
+        The VAE and its training curves.
+    """
+    with forked_rng(seed):
+        vae = VAE(images.shape[1:], latent_dim, hidden=schedule.hidden)
+    return vae, _fit(vae, images, schedule, weights=weights, budget=budget, seed=seed, progress=progress)
+
+
+def fine_tune(
+    vae: VAE, images: Tensor, schedule: Schedule, *, budget: int | None = None, seed: int, progress: bool = True
+) -> tuple[VAE, FitResult]:
+    """Train a copy of a VAE on; arguments as in :func:`train_vae`."""
+    tuned = copy.deepcopy(vae)
+    return tuned, _fit(tuned, images, schedule, budget=budget, seed=seed, progress=progress)
+
+
+def train_weighted(
+    biased: Tensor, reference: Tensor, latent_dim: int, schedule: Schedule, *, seed: int, progress: bool = True
+) -> tuple[VAE, FitResult, DensityRatio]:
+    """Train a VAE on both sets, the biased images weighted by an estimated density ratio.
+
+    Reference images have weight one; biased ones ``p_reference / p_biased``, with mean one. The other arguments
+    are those of :func:`train_vae`.
+
+    Returns:
+        The VAE, its training curves, and the density ratio at the biased images.
+
+    Reference:
+        Choi, Grover, Singh, Shu and Ermon (2020), "Fair Generative Modeling via Weak Supervision".
+    """
+    ratio = density_ratio(reference, biased, seed=seed)
+    weights = torch.cat([ratio.weights(), torch.ones(len(reference))])
+    images = torch.cat([biased, reference])
+    vae, result = train_vae(images, latent_dim, schedule, weights=weights, seed=seed, progress=progress)
+    return vae, result, ratio
+
+
+def _fit(
+    vae: VAE, images: Tensor, schedule: Schedule, *,
+    weights: Tensor | None = None, budget: int | None = None, seed: int, progress: bool,
+) -> FitResult:  # fmt: skip
+    share, stretch = _VALIDATION, 1
+    if budget is not None:
+        share = _VALIDATION_OF_FEW if len(images) < _FEW else _VALIDATION
+        wanted = _steps(budget, _VALIDATION, schedule.vae_batch)
+        stretch = max(1, round(wanted / _steps(len(images), share, schedule.vae_batch)))
+    return fit(
+        vae.model,
+        vae.guide,
+        images if weights is None else (images, weights),
+        objective=TraceMeanField_ELBO() if weights is None else WeightedELBO(),
+        optimizer=functools.partial(torch.optim.Adam, lr=_LEARNING_RATE),
+        epochs=schedule.vae_epochs * stretch,
+        batch_size=schedule.vae_batch,
+        validation=share,
+        patience=schedule.patience * stretch,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _steps(num_images: int, validation: float, batch_size: int) -> int:
+    """Gradient steps in an epoch."""
+    return max(1, math.ceil(num_images * (1.0 - validation) / batch_size))
