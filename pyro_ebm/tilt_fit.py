@@ -14,13 +14,17 @@ from pyro_ebm.checkpoints import read
 from pyro_ebm.inference.importance import posterior_draws
 from pyro_ebm.inference.log_normalizer import log_normalizer
 from pyro_ebm.normalizers import is_exchangeable
-from pyro_ebm.objectives.likelihood import TiltLikelihood, one_tilt
+from pyro_ebm.objectives.likelihood import TiltELBO, TiltLikelihood, one_tilt
 from pyro_ebm.parameters import frozen
+from pyro_ebm.statistics import importance_ess
 from pyro_ebm.structure import prototype_trace
 from pyro_ebm.tilts import TiltedModel
 from pyro_ebm.training import FitResult, fit
 
 __all__ = ["fit_tilt"]
+
+BOUNDS = ("auto", "exact", "elbo")
+_JUDGED, _LEAST_SHARE = 200, 0.2
 
 
 def fit_tilt(
@@ -28,6 +32,7 @@ def fit_tilt(
     guide: Callable[..., Any],
     x: Tensor,
     *,
+    bound: str = "auto",
     num_particles: int = 32,
     learning_rate: float = 5e-3,
     epochs: int = 100,
@@ -41,17 +46,25 @@ def fit_tilt(
 ) -> FitResult:
     r"""Fit the energy of a tilted model to reference data, everything else frozen.
 
-    Maximises ``sum_i log E_{p(z|x_i)}[exp(-E(z))] - n log Z``, which is the exact log likelihood of the
-    tilted model less that of its base. Posterior draws of the base are made once, from the
-    guide, and weighted by ``p(x, z) / q(z | x)``; after that neither encoder nor decoder runs. Adam with a
-    learning rate that falls to zero along a cosine.
+    Maximises one of two measures of the same thing, with Adam and a learning rate that falls to zero along a cosine:
+
+    - ``"exact"``: ``sum_i log E_{p(z|x_i)}[exp(-E(z))] - n log Z``, the log likelihood of the tilted model less that
+      of its base. Posterior draws of the base are made once, from the guide, and weighted by
+      ``p(x, z) / q(z | x)``; after that neither encoder nor decoder runs.
+    - ``"elbo"``: ``sum_i E_{q(z|x_i)}[-E(z)] - n log Z``, a lower bound of the former but for a constant, with new
+      draws of the guide at every step (:class:`TiltELBO`).
+
+    The first is sharper where the weights are worth enough draws. Where a datum's posterior rests on two or three of
+    them, as in many dimensions, the energy would learn these draws by heart: ``"auto"`` takes the second there.
 
     Args:
         model: what ``tilt(model, {"site": energy})`` returns: one tilted site, without random parents, of
             the same law for every datum, inside one plate (dim -1) along the data.
         guide: draws the latent sites given ``x``.
         x: reference data (n, *event).
-        num_particles: posterior draws per datum.
+        bound: ``"exact"``, ``"elbo"`` or ``"auto"``: exact where the weights of the ``num_particles`` draws of a
+            datum are worth at least a fifth of these, in the median over (up to 200) data.
+        num_particles: posterior draws per datum, for ``"exact"``.
         learning_rate: of Adam, at the start.
         epochs: passes over the reference data.
         batch_size: data per step.
@@ -63,15 +76,18 @@ def fit_tilt(
         progress: show a progress bar.
 
     Returns:
-        As :func:`fit`; the loss is minus the log likelihood gained per datum. With an
+        As :func:`fit`; the loss is minus the log likelihood (or ELBO) gained per datum. With an
         :class:`InferenceWarning` that log Z is not reliable, neither is the loss: the reference data then
         lie where the base has next to no mass.
 
     Raises:
         TypeError: a model that is not tilted.
-        ValueError: several tilted sites, or one that fit_tilt cannot treat (use ``fit`` with an ELBO then).
+        ValueError: several tilted sites, or one that fit_tilt cannot treat (use ``fit`` with an ELBO then); an
+            unknown ``bound``.
     """
     site, _ = one_tilt(model)
+    if bound not in BOUNDS:
+        raise ValueError(f"bound must be one of {BOUNDS}, got {bound!r}")
     if seed is None and resume and checkpoint is not None:
         seed = read(checkpoint, kind="checkpoint").get("seed")  # the posterior draws must be the same again
     seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -86,15 +102,16 @@ def fit_tilt(
             f"fit_tilt needs a site whose law is the same for every datum, but {site!r} has random parents "
             f"or depends on inputs; use fit(model, guide, x, objective=pyro.infer.Trace_ELBO(), train=energy)"
         )
+    draw = functools.partial(posterior_draws, model.base_model, guide, num_samples=num_particles, seed=seed)
     with frozen(model, guide):
-        values, log_weights = posterior_draws(
-            model.base_model, guide, x, num_samples=num_particles, seed=seed
-        )
+        if bound == "auto":
+            bound = "exact" if _weights_serve(draw(x[:: -(-len(x) // _JUDGED)])[1]) else "elbo"
+        data, objective = (x, TiltELBO()) if bound == "elbo" else (_particles(draw(x), site), TiltLikelihood(base))
     result = fit(
         model,
         guide,
-        (values[site], log_weights),
-        objective=TiltLikelihood(base),
+        data,
+        objective=objective,
         train=model.energies[site],
         optimizer=functools.partial(torch.optim.Adam, lr=learning_rate),
         scheduler=functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs),
@@ -111,3 +128,12 @@ def fit_tilt(
     log_normalizer(base, model.energies[site], seed=seed)
     return result
 
+
+def _weights_serve(log_weights: Tensor) -> bool:
+    """Whether posterior draws (n, num_particles) are worth a fifth of their number, for the median datum."""
+    return float(importance_ess(log_weights).median()) >= _LEAST_SHARE * log_weights.shape[1]
+
+
+def _particles(drawn: tuple[dict[str, Tensor], Tensor], site: str) -> tuple[Tensor, Tensor]:
+    values, log_weights = drawn
+    return values[site], log_weights
