@@ -259,3 +259,35 @@ def test_a_latent_outside_the_plate_is_refused():
 
     target = tilt(shared, {"z": LinearEnergy([0.0, 0.0])})
     refused(target, r"latent site\(s\) \['z'\] lie outside the plate", use=guide_of_shared)
+
+
+def test_the_elbo_of_a_linear_tilt_is_maximal_at_the_mean_of_the_posterior_means():
+    """E_q[a.z] - |a|^2 / 2 summed over data: the spread of the posteriors plays no part, unlike in the likelihood."""
+    energy, x = LinearEnergy([0.0, 0.0]), data(600, loc=(0.8, -0.6))
+    fitted(energy, x, bound="elbo", epochs=60)
+    spread = SPREAD.diagonal().sqrt() / math.sqrt(len(x))  # of one pass of the guide's draws
+    assert ((energy.a.detach() - (x @ GAIN).mean(0)).abs() < 4 * spread).all()
+    exact = LinearEnergy([0.0, 0.0])
+    fitted(exact, x, bound="exact")
+    assert ((energy.a - exact.a).abs() > 4 * spread).any()
+
+
+def wide_guide(x):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.MultivariateNormal(x @ GAIN, 25 * SPREAD))
+
+
+@pytest.mark.parametrize("proposal, chosen", [(guide, "exact"), (wide_guide, "elbo")])
+def test_auto_takes_the_elbo_where_weights_rest_on_few_draws(proposal, chosen):
+    x, found = data(250, loc=(0.8, -0.6)), {}
+    options = {"epochs": 2, "seed": 0, "progress": False, "validation": None}
+    for bound in ("auto", "exact", "elbo"):
+        energy = LinearEnergy([0.0, 0.0])
+        fit_tilt(tilt(model, {"z": energy}, normalize=QMC), proposal, x, bound=bound, **options)
+        found[bound] = energy.a.detach()
+    assert torch.equal(found["auto"], found[chosen]) and not torch.equal(found["exact"], found["elbo"])
+
+
+def test_unknown_bounds_are_named():
+    with pytest.raises(ValueError, match=r"bound must be one of \('auto', 'exact', 'elbo'\), got 'iwae'"):
+        fitted(LinearEnergy([0.0, 0.0]), data(20), bound="iwae")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from pyro_ebm.inference.importance import LogLikelihood, log_likelihood
 from pyro_ebm.inference.quadrature import quadrature
 from pyro_ebm.inference.sample import sample
 from pyro_ebm.models.vae import VAE
+from pyro_ebm.normalizers import Normalizer
 from pyro_ebm.parameters import forked_rng, one_thread
 from pyro_ebm.recipes.baselines import fine_tune, train_vae
 from pyro_ebm.recipes.debias_config import DATASETS, DebiasConfig, Schedule
@@ -42,6 +44,7 @@ _DRAWS_PER_STOCK_DRAW = 5
 _PROPOSALS_PER_DRAW = 10
 # Few reference images need more posterior draws each, or the tilt learns the draws by heart.
 _POSTERIOR_POINTS = 8_000
+_TILT_BATCH = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,16 +140,17 @@ def train_tilt(
     """Maximum likelihood of the latent tilt on the reference images, encoder and decoder frozen."""
     with forked_rng(seed):
         energy = MLPEnergy(vae.latent_dim)
-    # Quasi-random draws make log Z far less noisy, where there are few dimensions to fill.
-    normalize = "qmc" if vae.latent_dim <= 8 else "importance"
+    # Quasi-random draws make log Z far less noisy, where there are few dimensions to fill; elsewhere many draws do.
+    steps_per_epoch = math.ceil(len(reference) / _TILT_BATCH)
+    normalize = Normalizer("qmc") if vae.latent_dim <= 8 else Normalizer(num_samples=4096)
     result = fit_tilt(
         tilt(vae.model, {"z": energy}, normalize=normalize),
         vae.guide,
         reference,
         num_particles=max(32, _POSTERIOR_POINTS // len(reference)),
-        epochs=schedule.tilt_epochs,
-        # With a few images a validation share is too small to choose an epoch by, and too large to lose.
-        validation=0.1 if len(reference) >= 1000 else None,
+        epochs=max(schedule.tilt_epochs, schedule.tilt_steps // steps_per_epoch),
+        batch_size=_TILT_BATCH,
+        validation=None,  # the falling learning rate ends it; the noise of an epoch's loss would choose at random
         seed=seed,
         progress=progress,
     )

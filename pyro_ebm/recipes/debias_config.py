@@ -99,14 +99,15 @@ class Schedule:
     vae_batch: int
     tilt_epochs: int
     patience: int
+    tilt_steps: int = 0  # at least so many, where a small reference set makes few in an epoch
 
     @classmethod
     def of(cls, config: DebiasConfig) -> Schedule:
         if config.data == "digits":
             full = cls((256, 128), 400, 64, 150, 40)
         else:
-            full = cls((1024, 512, 256), 30, 128, 100, 10)
+            full = cls((1024, 512, 256), 30, 128, 100, 10, 1000)
         if not config.quick:
             return full
         vae_epochs, tilt_epochs = max(full.vae_epochs // 10, 2), max(full.tilt_epochs // 10, 2)
-        return cls((64, 32), vae_epochs, full.vae_batch, tilt_epochs, 10)
+        return cls((64, 32), vae_epochs, full.vae_batch, tilt_epochs, 10, full.tilt_steps // 10)
