@@ -24,7 +24,7 @@ from pyro_ebm.training import FitResult, fit
 __all__ = ["fit_tilt"]
 
 BOUNDS = ("auto", "exact", "elbo")
-_JUDGED, _LEAST_SHARE = 200, 0.2
+_MAX_DIMS, _JUDGED, _LEAST_SHARE = 4, 200, 0.2
 
 
 def fit_tilt(
@@ -54,16 +54,17 @@ def fit_tilt(
     - ``"elbo"``: ``sum_i E_{q(z|x_i)}[-E(z)] - n log Z``, a lower bound of the former but for a constant, with new
       draws of the guide at every step (:class:`TiltELBO`).
 
-    The first is sharper where the weights are worth enough draws. Where a datum's posterior rests on two or three of
-    them, as in many dimensions, the energy would learn these draws by heart: ``"auto"`` takes the second there.
+    The first is sharper in few dimensions. In many, a network tells the draws that were made once from all others: it
+    learns them by heart, and log Z, whose own draws never come near, does not notice. New draws cannot be learned so:
+    ``"auto"`` takes the ELBO beyond four dimensions, and wherever the weights rest on few draws.
 
     Args:
         model: what ``tilt(model, {"site": energy})`` returns: one tilted site, without random parents, of
             the same law for every datum, inside one plate (dim -1) along the data.
         guide: draws the latent sites given ``x``.
         x: reference data (n, *event).
-        bound: ``"exact"``, ``"elbo"`` or ``"auto"``: exact where the weights of the ``num_particles`` draws of a
-            datum are worth at least a fifth of these, in the median over (up to 200) data.
+        bound: ``"exact"``, ``"elbo"`` or ``"auto"``: exact where the site has at most four dimensions and the weights
+            of the ``num_particles`` draws of a datum are worth a fifth of these, in the median over (up to 200) data.
         num_particles: posterior draws per datum, for ``"exact"``.
         learning_rate: of Adam, at the start.
         epochs: passes over the reference data.
@@ -105,7 +106,8 @@ def fit_tilt(
     draw = functools.partial(posterior_draws, model.base_model, guide, num_samples=num_particles, seed=seed)
     with frozen(model, guide):
         if bound == "auto":
-            bound = "exact" if _weights_serve(draw(x[:: -(-len(x) // _JUDGED)])[1]) else "elbo"
+            small = base.event_shape.numel() <= _MAX_DIMS
+            bound = "exact" if small and _weights_serve(draw(x[:: -(-len(x) // _JUDGED)])[1]) else "elbo"
         data, objective = (x, TiltELBO()) if bound == "elbo" else (_particles(draw(x), site), TiltLikelihood(base))
     result = fit(
         model,

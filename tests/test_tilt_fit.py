@@ -288,6 +288,15 @@ def test_auto_takes_the_elbo_where_weights_rest_on_few_draws(proposal, chosen):
     assert torch.equal(found["auto"], found[chosen]) and not torch.equal(found["exact"], found["elbo"])
 
 
+def test_auto_takes_the_elbo_in_many_dimensions():
+    vae, x, found = VAE((4,), latent_dim=5, hidden=(8,)), torch.rand(40, 4), {}
+    for bound in ("auto", "elbo"):
+        energy = LinearEnergy(torch.zeros(5))
+        fit_tilt(tilt(vae.model, {"z": energy}), vae.guide, x, bound=bound, epochs=2, seed=0, progress=False)
+        found[bound] = energy.a.detach()
+    assert torch.equal(found["auto"], found["elbo"])
+
+
 def test_unknown_bounds_are_named():
     with pytest.raises(ValueError, match=r"bound must be one of \('auto', 'exact', 'elbo'\), got 'iwae'"):
         fitted(LinearEnergy([0.0, 0.0]), data(20), bound="iwae")
