@@ -1,9 +1,10 @@
-# One command each. Variables: PYTHON (3.11 or newer), VENV, OUT, WORKERS, BENCH; for instance
+# One command each. Variables: PYTHON (3.11 or newer), VENV, OUT, WORKERS, BENCH, DATA; for instance
 #   make test PYTHON=python3.12 VENV=.venv-3.12
 PYTHON  ?= python3
 VENV    ?= .venv
 OUT     ?= out/demo
 WORKERS ?= 2
+DATA    ?= data
 
 BIN      = $(VENV)/bin
 PIP      = $(BIN)/python -m pip install -q
@@ -12,7 +13,7 @@ TESTING  = $(VENV)/.installed-test
 LINTING  = $(VENV)/.installed-lint
 BENCHING = $(VENV)/.installed-bench
 
-.PHONY: demo test lint bench notebooks docs clean help
+.PHONY: demo test lint bench bench-learning notebooks docs clean help
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -21,6 +22,7 @@ help:
 	@echo "make test       the same, then the test suite"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      run the samplers against their peers; BENCH=--quick for a short look"
+	@echo "make bench-learning  energy priors on MNIST in DATA=folder: density, outliers; an hour on one core"
 	@echo "make notebooks  execute the notebooks again and keep their outputs"
 	@echo "make docs       run the demo and put its pictures where the README shows them"
 	@echo "make clean      remove $(VENV), out/ and caches"
@@ -29,7 +31,7 @@ demo: $(PACKAGE)
 	$(BIN)/pyro-ebm debias --data digits --out $(OUT)
 
 test: $(TESTING) demo
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(LINTING)
 	$(BIN)/ruff check .
@@ -37,6 +39,10 @@ lint: $(LINTING)
 
 bench: $(BENCHING)
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+bench-learning: $(PACKAGE)
+	$(BIN)/python -m benchmarks.density --data $(DATA)
+	$(BIN)/python -m benchmarks.outliers --data $(DATA)
 
 notebooks: $(TESTING)
 	$(BIN)/python tests/test_notebooks.py notebooks/*.ipynb
