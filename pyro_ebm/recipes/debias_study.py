@@ -172,7 +172,7 @@ def _write(result: StudyResult, folder: Path) -> None:
     write_text(folder / "study.csv", result.table.to_csv(index=False))
     write_text(folder / "summary.csv", result.summary().to_csv())
     write_text(folder / "settings.json", json.dumps(asdict(result.config), indent=1, default=str) + "\n")
-    if result.table["tv"].notna().any() if "tv" in result.table else False:
+    if "tv" in result.table and result.table["tv"].notna().any():
         # A figure of its own, which no notebook shows by itself.
         dims = len(result.config.dims)
         figure = Figure(figsize=(1.6 + 2.9 * dims, 6.0), layout="constrained")
