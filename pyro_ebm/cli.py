@@ -17,6 +17,17 @@ app = typer.Typer(
     help="Tilt Pyro models with learned energies.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
+# Options that several commands share.
+_Data = Annotated[str, typer.Option(help="digits (bundled), mnist, fashion_mnist or kmnist")]
+_DataRoot = Annotated[
+    Path | None, typer.Option(help="folder with the torchvision data; downloaded there when missing")
+]
+_Digits = Annotated[str, typer.Option(help="classes to use, separated by commas")]
+_Proportions = Annotated[str, typer.Option(help="share of each class in the biased set; sums to 1")]
+_Fraction = Annotated[float, typer.Option(help="largest share of a class the biased set may take")]
+_Progress = Annotated[bool, typer.Option(help="show progress bars")]
+_WATCHED = sys.stderr.isatty()
+
 
 @app.callback()
 def _root() -> None:
@@ -25,15 +36,11 @@ def _root() -> None:
 
 @app.command()
 def debias(
-    data: Annotated[str, typer.Option(help="digits (bundled), mnist, fashion_mnist or kmnist")] = "digits",
-    data_root: Annotated[
-        Path | None, typer.Option(help="folder with the torchvision data; downloaded there when missing")
-    ] = None,
-    digits: Annotated[str, typer.Option(help="classes to use, separated by commas")] = "0,1,2,3,4",
-    proportions: Annotated[
-        str, typer.Option(help="share of each class in the biased set; sums to 1")
-    ] = "0.12,0.33,0.28,0.20,0.07",
-    fraction: Annotated[float, typer.Option(help="largest share of a class the biased set may take")] = 0.6,
+    data: _Data = "digits",
+    data_root: _DataRoot = None,
+    digits: _Digits = "0,1,2,3,4",
+    proportions: _Proportions = "0.12,0.33,0.28,0.20,0.07",
+    fraction: _Fraction = 0.6,
     latent_dim: Annotated[int, typer.Option(help="dimensions of the latent z")] = 2,
     methods: Annotated[
         str, typer.Option(help="samplers, among snis, chees, nuts, hmc, mala, ula, smc")
@@ -48,7 +55,7 @@ def debias(
         bool, typer.Option("--baselines", help="also train on the reference alone, and fine-tune on it")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="short training, few draws")] = False,
-    progress: Annotated[bool, typer.Option(help="show progress bars")] = sys.stderr.isatty(),
+    progress: _Progress = _WATCHED,
 ) -> None:
     """Train a VAE on biased images, tilt its latent by a few balanced ones, sample it, compare samplers."""
     from pyro_ebm.errors import CheckpointError
@@ -79,15 +86,11 @@ def debias(
 
 @app.command("debias-study")
 def debias_study(
-    data: Annotated[str, typer.Option(help="digits (bundled), mnist, fashion_mnist or kmnist")] = "digits",
-    data_root: Annotated[
-        Path | None, typer.Option(help="folder with the torchvision data; downloaded there when missing")
-    ] = None,
-    digits: Annotated[str, typer.Option(help="classes to use, separated by commas")] = "0,1,2,3,4",
-    proportions: Annotated[
-        str, typer.Option(help="share of each class in the biased set; sums to 1")
-    ] = "0.12,0.33,0.28,0.20,0.07",
-    fraction: Annotated[float, typer.Option(help="largest share of a class the biased set may take")] = 0.6,
+    data: _Data = "digits",
+    data_root: _DataRoot = None,
+    digits: _Digits = "0,1,2,3,4",
+    proportions: _Proportions = "0.12,0.33,0.28,0.20,0.07",
+    fraction: _Fraction = 0.6,
     reference_sizes: Annotated[
         str | None, typer.Option(help="balanced reference images; 25,105 for digits, else 50,250,1000,3425")
     ] = None,
@@ -100,7 +103,7 @@ def debias_study(
     ] = "biased,reference_only,fine_tuned,importance_weighted,tilt,constraint",
     out: Annotated[Path, typer.Option(help="folder for the results; a study there is continued")] = Path("out/study"),
     quick: Annotated[bool, typer.Option("--quick", help="short training, few draws, a small grid")] = False,
-    progress: Annotated[bool, typer.Option(help="show a progress bar")] = sys.stderr.isatty(),
+    progress: _Progress = _WATCHED,
 ) -> None:
     """Compare ways to debias over reference sizes, latent dimensions and seeds; continue where it stopped."""
     from pyro_ebm.recipes.debias_study import StudyConfig
