@@ -8,8 +8,8 @@ import os
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "True")
 os.environ.setdefault("KMP_INIT_AT_FORK", "FALSE")
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# Networks here are too small for more; xdist's workers inherit it, and two of them share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib  # noqa: E402
 import random  # noqa: E402
