@@ -23,6 +23,7 @@ from pyro_ebm.errors import InferenceError, warn_user
 from pyro_ebm.inference.draws import Estimate
 from pyro_ebm.parameters import fingerprint, forked_rng
 from pyro_ebm.statistics import psis
+from pyro_ebm.structure import unmasked
 
 __all__ = [
     "METHODS",
@@ -188,8 +189,7 @@ def site_log_weights(
         (num_samples,) where all batch elements share one law, else (num_samples, *batch). Bases with
         enumerable support are summed exactly: weights then carry ``log p(v) + log(support size)``.
     """
-    while isinstance(base, MaskedDistribution):  # masks hide log probabilities; the law is the same
-        base = base.base_dist
+    base = unmasked(base)
     event_dim = len(base.event_shape)
     support = enumerated(base)
     if support is not None:

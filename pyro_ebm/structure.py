@@ -28,6 +28,7 @@ __all__ = [
     "plate_depth",
     "prototype_trace",
     "unconditioned",
+    "unmasked",
 ]
 
 _INPUTS = "<inputs>"
@@ -142,10 +143,14 @@ def _is_deterministic(site: Mapping[str, Any]) -> bool:
 
 def log_prob_of(site: Mapping[str, Any]) -> torch.Tensor:
     """Log probability of a site's value before any mask, (*batch,)."""
-    fn = site["fn"]
-    while isinstance(fn, MaskedDistribution):  # a mask hides what the distribution depends on
-        fn = fn.base_dist
-    return fn.log_prob(site["value"])
+    return unmasked(site["fn"]).log_prob(site["value"])
+
+
+def unmasked(distribution: Any) -> Any:
+    """The distribution without its masks, which hide log probabilities: the law is the same."""
+    while isinstance(distribution, MaskedDistribution):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def _plate_dims(site: Mapping[str, Any]) -> dict[str, int]:

@@ -9,7 +9,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
@@ -21,6 +20,7 @@ from pyro_ebm.inference.smc import SMC
 from pyro_ebm.normalizers import METHODS as SAMPLED
 from pyro_ebm.normalizers import checked_energy, enumerated, is_exchangeable, sampled_log_normalizer
 from pyro_ebm.parameters import fingerprint, random_stream
+from pyro_ebm.structure import unmasked
 from pyro_ebm.tilts import TiltedModel, tilt
 
 __all__ = ["METHODS", "log_normalizer"]
@@ -89,8 +89,7 @@ def log_normalizer(
         return sampled_log_normalizer(
             base, energy, method=method, num_samples=num, seed=seed, strict=strict
         )
-    while isinstance(base, MaskedDistribution):  # masks hide log probabilities; the law is the same
-        base = base.base_dist
+    base = unmasked(base)
     if enumerated(base) is not None:
         exact = sampled_log_normalizer(base, energy, strict=strict)
         return BoundedEstimate(*exact, exact.value, exact.value) if method == "ais" else exact

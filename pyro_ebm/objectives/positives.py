@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
@@ -17,7 +16,7 @@ from torch.distributions import Distribution
 from pyro_ebm.energies import Energy
 from pyro_ebm.forward_normalizer import forward_log_normalizer
 from pyro_ebm.normalizers import Normalizer, checked_energy, is_exchangeable, site_log_normalizer
-from pyro_ebm.structure import ModelStructure, event_dim_of, unconditioned
+from pyro_ebm.structure import ModelStructure, event_dim_of, unconditioned, unmasked
 from pyro_ebm.tilts import TiltedModel
 
 __all__ = [
@@ -70,9 +69,7 @@ def positives(
     """
     found, structure = _site(model, batch)
     site = found["name"]
-    base, weight = found["fn"], found["scale"]
-    while isinstance(base, MaskedDistribution):  # masks hide log probabilities; the law is the same
-        base = base.base_dist
+    base, weight = unmasked(found["fn"]), found["scale"]
     if isinstance(weight, Tensor) and weight.numel() > 1:
         raise ValueError(
             f"the elements of site {site!r} have weights of their own (poutine.scale of shape {tuple(weight.shape)}), "
