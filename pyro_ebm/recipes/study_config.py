@@ -16,7 +16,7 @@ __all__ = ["METHODS", "Cell", "StudyConfig"]
 METHODS = ("biased", "reference_only", "fine_tuned", "importance_weighted", "tilt", "constraint")
 _WITHOUT_REFERENCE = ("biased", "constraint")
 # Raise it when a change of the code makes cells computed before it incomparable with later ones.
-_VERSION = 1
+_VERSION = 2
 
 
 class Cell(NamedTuple):

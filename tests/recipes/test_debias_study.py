@@ -344,6 +344,16 @@ def test_a_linear_tilt_is_sampled_and_its_kl_is_known(a, sampler):
     assert ((mean.mean(0) - torch.tensor(a)).abs() < 7.2 * mean.std(0) / math.sqrt(5) + 1e-3).all()
 
 
+@pytest.mark.parametrize(("a", "per_image"), [([0.6, -0.8], 10), ([1.2, 1.2], 50)])
+def test_draws_are_worth_as_many_as_there_are_images(a, per_image):
+    """N(a, I) from N(0, I): the effective share of the proposals is exp(-|a|^2), 0.37 and 0.056."""
+    config = StudyConfig(**SMALL)
+    draws, _, facts = tilted(config, a, 0)
+    assert draws.weights.numel() == per_image * config.num_generated
+    assert facts["proposal_ess"] * draws.weights.numel() >= config.num_generated
+    assert facts["proposal_ess"] == pytest.approx(math.exp(-sum(x * x for x in a)), rel=0.3)
+
+
 # -------------------------------------------------------------------------------------- settings
 
 
