@@ -33,6 +33,7 @@ _EXPORTS = {
     "objectives.first_order": ["FirstOrder"],
     "objectives.sampling_bound": ["SamplingBound", "snis_log_likelihood"],
     "objectives.short_run": ["ShortRun"],
+    "objectives.running_control": ["RunningControl"],
     "training": ["FitResult", "fit", "load_weights", "save_weights"],
     "inference.draws": ["Draws", "Estimate"],
     "inference.log_density": ["LogDensity"],

@@ -35,6 +35,7 @@ __all__ = [
     "importance_estimate",
     "is_exchangeable",
     "log_mean_exp",
+    "log_z_through",
     "reported_log_mean_exp",
     "sampled_log_normalizer",
     "score_term",
@@ -261,10 +262,12 @@ def reported_log_mean_exp(log_weights: Tensor) -> Tensor:
     """``log mean exp`` of the log weights (draws, *batch) of a log Z, told to whoever listens to these."""
     if (listener := _listener.get()) is not None:
         listener(log_weights.detach())
-    return log_mean_exp(log_weights)
+    value, control = log_mean_exp(log_weights), _control.get()
+    return value if control is None else control(value)
 
 
 _listener: ContextVar[Callable[[Tensor], None] | None] = ContextVar("listener to the weights of log Z", default=None)
+_control: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("what log Z goes through", default=None)
 
 
 @contextmanager
@@ -275,6 +278,16 @@ def weights_reported_to(listener: Callable[[Tensor], None]) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextmanager
+def log_z_through(control: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within this block each log Z that is sampled for a model, (*batch), is what ``control`` makes of it."""
+    token = _control.set(control)
+    try:
+        yield
+    finally:
+        _control.reset(token)
 
 
 def sampled_log_normalizer(

@@ -15,6 +15,7 @@ from pyro_ebm.inference.importance import posterior_draws
 from pyro_ebm.inference.log_normalizer import log_normalizer
 from pyro_ebm.normalizers import is_exchangeable
 from pyro_ebm.objectives.likelihood import TiltELBO, TiltLikelihood, one_tilt
+from pyro_ebm.objectives.running_control import RunningControl
 from pyro_ebm.parameters import frozen
 from pyro_ebm.statistics import importance_ess
 from pyro_ebm.structure import prototype_trace
@@ -34,6 +35,7 @@ def fit_tilt(
     *,
     bound: str = "auto",
     num_particles: int = 32,
+    control: float | None = None,
     learning_rate: float = 5e-3,
     epochs: int = 100,
     batch_size: int = 128,
@@ -66,6 +68,8 @@ def fit_tilt(
         bound: ``"exact"``, ``"elbo"`` or ``"auto"``: exact where the site has at most four dimensions and the weights
             of the ``num_particles`` draws of a datum are worth a fifth of these, in the median over (up to 200) data.
         num_particles: posterior draws per datum, for ``"exact"``.
+        control: decay of a running average of Z, for a model whose ``normalize`` has but tens of draws; see
+            :class:`RunningControl`.
         learning_rate: of Adam, at the start.
         epochs: passes over the reference data.
         batch_size: data per step.
@@ -108,7 +112,9 @@ def fit_tilt(
         if bound == "auto":
             small = base.event_shape.numel() <= _MAX_DIMS
             bound = "exact" if small and _weights_serve(draw(x[:: -(-len(x) // _JUDGED)])[1]) else "elbo"
-        data, objective = (x, TiltELBO()) if bound == "elbo" else (_particles(draw(x), site), TiltLikelihood(base))
+        objective: Any = TiltELBO() if bound == "elbo" else TiltLikelihood(base)
+        objective = objective if control is None else RunningControl(objective, decay=control)
+        data = x if bound == "elbo" else _particles(draw(x), site)
     result = fit(
         model,
         guide,
