@@ -78,16 +78,17 @@ def annealed_importance(
     log Z in expectation, ``-log mean w_back`` above; the bounds are their means over groups, minus or plus a
     quantile of Student's t times the standard error. In between, ``value`` is Bennett's acceptance ratio.
 
-    A short run of :class:`SMC`, an island a group, chooses temperatures and step sizes, which are fixed from then on,
-    and gives the draws of the target. The upper bound is as good as these draws: a mode that the base never
-    finds makes both bounds too low. Where the target forbids a part of the base, it stays loose.
+    A short run of :class:`SMC`, an island a group, chooses temperatures and step sizes, a group's by the particles of
+    the others, which are fixed from then on, and gives the draws of the target. The upper bound is as good as these
+    draws: a mode that the base never finds makes both bounds too low. Where the target forbids a part of the base, it
+    stays loose.
 
     Args:
         target: a Pyro model, a distribution, or a :class:`LogDensity`.
         *args: arguments of the model.
         kernel: what moves the chains, as in :class:`SMC`; it must leave its target invariant.
         num_chains: chains in each direction, over all groups.
-        num_groups: groups of chains that know nothing of each other.
+        num_groups: groups of chains that share only temperatures and tuning.
         num_temperatures: steps between base and target.
         confidence: probability that both bounds hold.
         draws: exact draws of the target to go back from, at least ``num_chains``, instead of the particles of SMC;

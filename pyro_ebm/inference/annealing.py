@@ -234,7 +234,7 @@ class _Mover:
         first = not population.ladder
         if first and self.kernel.adapt_step_size and self.kernel.step_size is None:
             size, _ = find_step_size(self.kernel, state, function, self.generator)
-            state = state._replace(tuning=state.tuning._replace(step_size=size))
+            state = state._replace(tuning=state.tuning._replace(step_size=_of_others(size.log()).exp()))
         if self._lengths is None:
             self._lengths = Adaptation(replace(self.kernel, adapt_step_size=False, adapt_mass_matrix=False), state, 0)
         step = self.kernel.bind(function, self.generator)
@@ -253,21 +253,31 @@ class _Mover:
         population.ladder.append(Rung(population.beta, state.tuning, ess, acceptance / moves, moves))
 
     def _rescaled(self, population: Population) -> Tuning:
+        """Scales of an island from the spread of the particles on all others."""
+        # With its own the kernel depends on what it moves: a bias in log Z of the order of one over its particles.
         if not self.kernel.adapt_mass_matrix:
             return population.tuning
         variance = population.points.u.var(0)
-        known = variance > torch.finfo(variance.dtype).tiny
-        return population.tuning._replace(inverse_mass=torch.where(known, variance, population.tuning.inverse_mass))
+        known = (variance > torch.finfo(variance.dtype).tiny) & variance.isfinite()
+        variance = torch.where(known, variance, population.tuning.inverse_mass)
+        return population.tuning._replace(inverse_mass=_of_others(variance.log()).exp())
 
     def _retuned(self, before: State, info: Info) -> Tuning:
-        """Step sizes nearer to the acceptance wanted; the length as ChEES learns it."""
+        """Step sizes nearer to the acceptance wanted, by that of the other islands; the length as ChEES learns it."""
         size, inverse_mass, length = before.tuning
         if self._lengths is not None:
             length = self._lengths.update(before, info).trajectory_length
         if self.kernel.adapt_step_size:
             surplus = self.kernel.average_acceptance(info.acceptance_rate) - self.kernel.target_accept_prob
-            size = size * (_GAIN * surplus).exp()
+            # From the mean of all: what corrects an island's own size says nothing of that size, which would drift off.
+            size = (size.log().mean(0) + _GAIN * _of_others(surplus)).exp()
         return Tuning(size, inverse_mass, length)
+
+
+def _of_others(values: Tensor) -> Tensor:
+    """Mean over all other islands, (islands, ...); a single island has none, and gets its own."""
+    islands = len(values)
+    return values if islands == 1 else (values.sum(0) - values) / (islands - 1)
 
 
 def _standardised(state: State) -> Tensor:

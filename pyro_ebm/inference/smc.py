@@ -29,21 +29,22 @@ _ENOUGH = 100  # particles, for R-hat to say something
 
 
 class SMC:
-    r"""Sequential Monte Carlo from the prior (or a guide) to the target, on islands independent of each other.
+    r"""Sequential Monte Carlo from the prior (or a guide) to the target, on islands that share no particles.
 
     Particles start at draws of the base law and go through :math:`p_\beta \propto p_0^{1 - \beta} p_1^\beta`. Each
     inverse temperature is the largest at which the weights, of all islands, are worth ``target_ess`` of the
     particles; these are then resampled and moved by a Markov kernel until they have left their copies. Modes found by
     the base are kept with their weights, and the weights estimate log Z. Its standard error is what islands differ
-    by, known with ``num_islands - 1`` degrees of freedom; the estimate has a bias of the order of one over all
-    particles.
+    by, known with ``num_islands - 1`` degrees of freedom; they have the temperatures in common and tune each other's
+    kernels. The estimate has a bias of the order of one over all particles.
 
     Args:
         target: a Pyro model, a distribution, or a :class:`LogDensity`.
         kernel: what moves the particles: a class (``ChEES``) or a kernel made for this target;
-            :class:`HMC` by default. Step size and scales are set at each temperature, for each island.
+            :class:`HMC` by default. Step size and scales are set at each temperature, for each island
+            by the particles of the others: the kernel must not depend on what it moves.
         num_particles: particles per island.
-        num_islands: populations that know nothing of each other.
+        num_islands: populations of particles; a single one is tuned on itself.
         guide: a law of the latent sites to start from instead of the prior.
         base: a law of points in unconstrained space, event_shape (dim,); the standard normal for a
             :class:`LogDensity` made from a function.

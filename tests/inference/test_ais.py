@@ -43,15 +43,14 @@ def ten():
 
 
 def run(target, *args, seed=0, **options):
-    options = {"num_chains": 256, "num_groups": 8, "num_temperatures": 16} | options
+    options = {"num_chains": 256, "num_groups": 16, "num_temperatures": 16} | options
     return annealed_importance(target, *args, seed=seed, disable_progbar=True, **options)
 
 
 def brackets(log_z, truth, *, max_gap=1.0):
     assert log_z.lower < truth < log_z.upper, (log_z, truth)
     assert log_z.upper - log_z.lower < max_gap, log_z
-    # Student's t with 7 degrees of freedom: as improbable as 4 standard errors of a normal law
-    assert 0 < log_z.se < 0.2 and abs(log_z.value - truth) < 5.4 * log_z.se, (log_z, truth)
+    assert 0 < log_z.se < 0.2 and abs(log_z.value - truth) < 4 * log_z.se, (log_z, truth)
 
 
 # Exact answers
@@ -107,7 +106,7 @@ def test_independent_data():
             pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
 
     x = torch.tensor([[0.0], [2.0], [-3.5]])
-    found = run(model, x, independent="data")
+    found = run(model, x, independent="data", num_chains=512)
     truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x[:, 0])
     assert found.lower.shape == found.upper.shape == found.value.shape == (3,)
     for k in range(3):
@@ -132,7 +131,7 @@ def test_draws_that_are_given():
 
 def test_bounds_close_with_more_temperatures():
     target = tilt(ten, {"z": LinearEnergy(A)})
-    coarse, fine = (run(target, num_temperatures=n) for n in (5, 40))
+    coarse, fine = (run(target, num_temperatures=n) for n in (8, 40))
     assert fine.upper - fine.lower < 0.5 * (coarse.upper - coarse.lower)
 
 
@@ -145,7 +144,7 @@ def test_hard_walls_leave_the_upper_bound_loose():
     with pytest.warns(InferenceWarning, match="the bounds lie .* nats apart: more num_temperatures"):
         found = run(tilt(prior, {"z": lambda z: torch.where(z[..., 0] > 1, 0.0, math.inf)}))
     truth = math.log(0.15865525)
-    assert found.lower < truth < found.upper and abs(found.value - truth) < 5.4 * found.se
+    assert found.lower < truth < found.upper and abs(found.value - truth) < 4 * found.se
 
 
 # The parts
@@ -220,7 +219,7 @@ def test_seeds(rng_untouched):
 def test_errors():
     for options, message in (
         ({"num_groups": 1}, "num_groups must be at least 2"),
-        ({"num_chains": 15}, "num_chains at least twice that, got 8 and 15"),
+        ({"num_chains": 15}, "num_chains at least twice that, got 16 and 15"),
         ({"num_temperatures": 0}, "num_temperatures must be at least 1, got 0"),
         ({"confidence": 1.0}, "confidence must lie between 0 and 1, got 1.0"),
         ({"kernel": ULA}, "kernel must leave its target invariant, which ULA does not"),
@@ -241,5 +240,5 @@ def test_bounds_that_say_little_are_named():
 
 
 def test_a_target_that_the_base_never_meets():
-    with pytest.raises(InferenceError, match="zero .* at all 32 particles of island"):
+    with pytest.raises(InferenceError, match="zero .* at all 16 particles of island"):
         run(tilt(prior, {"z": lambda z: z.sum(-1) * 0 + math.inf}))

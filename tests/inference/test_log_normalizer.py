@@ -15,6 +15,8 @@ from pyro_ebm.inference.log_normalizer import log_normalizer
 
 METHODS = ["smc", "bridge", "ais"]
 SIZE = {"smc": 2048, "bridge": 2048, "ais": 512}
+# In standard errors. What 16 islands or groups tell is beyond 4 once in 900, what SMC's 8 tell beyond 5.4 as rarely.
+SCORES = {"importance": 4.0, "qmc": 4.0, "smc": 5.4, "bridge": 4.0, "ais": 4.0}
 
 
 def estimate(base, energy, method, **options):
@@ -22,12 +24,11 @@ def estimate(base, energy, method, **options):
     return log_normalizer(base, energy, method=method, **options)
 
 
-def assert_right(found, truth, *, max_se=0.2):
+def assert_right(method, found, truth, *, max_se=0.2):
     truth = torch.as_tensor(truth)
     assert found.value.shape == found.se.shape == truth.shape
     assert (found.se > 0).all() and (found.se < max_se).all()
-    # Eight islands or more: 5.4 standard errors are as improbable as 4 of a normal law
-    assert ((found.value - truth).abs() < 5.4 * found.se).all(), (found, truth)
+    assert ((found.value - truth).abs() < SCORES[method] * found.se).all(), (found, truth)
     if isinstance(found, BoundedEstimate):
         assert (found.lower < truth).all() and (truth < found.upper).all(), (found, truth)
         assert (found.upper - found.lower < 1).all()
@@ -38,7 +39,7 @@ def assert_right(found, truth, *, max_se=0.2):
 def test_gaussian_base(method, energy):
     loc, scale = torch.tensor([0.5, 0.0, -0.5]), torch.tensor([0.5, 1.0, 1.5])
     found = estimate(dist.Normal(loc, scale).to_event(1), energy, method)
-    assert_right(found, gaussian_log_normalizer(energy, loc, scale).detach())
+    assert_right(method, found, gaussian_log_normalizer(energy, loc, scale).detach())
     value, se = found
     assert isinstance(found, Estimate) and value == found.value and se == found.se
 
@@ -49,24 +50,24 @@ def test_a_tilt_too_far_for_importance_sampling(method):
     base = dist.Normal(torch.zeros(8), 1.0).to_event(1)
     with pytest.raises(InferenceError, match="Pareto k"):
         log_normalizer(base, LinearEnergy(a), seed=0, strict=True)
-    assert_right(estimate(base, LinearEnergy(a), method), 12.5)
+    assert_right(method, estimate(base, LinearEnergy(a), method), 12.5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scalar_and_constrained_bases(method):
-    assert_right(estimate(dist.Gamma(torch.tensor(2.0), 2.0), LinearEnergy(1.0), method), math.log(4.0))
+    assert_right(method, estimate(dist.Gamma(torch.tensor(2.0), 2.0), LinearEnergy(1.0), method), math.log(4.0))
     # Of a plate: one number for all its elements, the law of one
-    assert_right(estimate(dist.Gamma(2.0, 2.0).expand([3, 2]), LinearEnergy(1.0), method), math.log(4.0))
+    assert_right(method, estimate(dist.Gamma(2.0, 2.0).expand([3, 2]), LinearEnergy(1.0), method), math.log(4.0))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_number_for_all_elements_or_one_for_each(method):
     energy = LinearEnergy([1.5, -1.0])
     same = dist.Normal(torch.zeros(4, 2), torch.ones(4, 2)).to_event(1)
-    assert_right(estimate(same, energy, method), 0.5 * (1.5**2 + 1))
+    assert_right(method, estimate(same, energy, method), 0.5 * (1.5**2 + 1))
     loc = torch.tensor([[0.0, 0.0], [1.0, -1.0], [-2.0, 0.5]])
     truth = gaussian_log_normalizer(energy, loc, torch.tensor(0.5)).detach()
-    assert_right(estimate(dist.Normal(loc, 0.5).to_event(1), energy, method), truth)
+    assert_right(method, estimate(dist.Normal(loc, 0.5).to_event(1), energy, method), truth)
     with pytest.raises(ValueError, match=r"one batch dimension where .* differ in law, got batch_shape \(1, 3\)"):
         estimate(dist.Normal(loc[None], 0.5).to_event(1), energy, method)
 
@@ -125,14 +126,13 @@ def oracle(method, shape, dim):
 
 
 def agrees(method, shape, dim, seed):
-    """Within as many of its own errors as are 4 of a normal law, given how few islands or groups tell the error."""
+    """Within 4 of its own standard errors; SMC, whose islands are few, within as many as are as improbable."""
     energy, truth = oracle(method, shape, dim)
     num = {"importance": 8192, "qmc": 8192, "smc": 2048, "bridge": 2048, "ais": 256}[method]
     found = log_normalizer(
         dist.Normal(torch.zeros(dim), 1.0).to_event(1), energy, method=method, num_samples=num, seed=seed, strict=True
     )
-    scores = 4.0 if method == "importance" else 5.5
-    assert 0 < found.se < 0.2 and abs(found.value - truth) < scores * found.se, (found, truth)
+    assert 0 < found.se < 0.2 and abs(found.value - truth) < SCORES[method] * found.se, (found, truth)
     if method == "ais":
         assert found.lower < truth < found.upper
 
@@ -170,7 +170,7 @@ def test_the_bridge_is_sharper_than_importance():
     energy = LinearEnergy([2.0, 2.0])
     base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
     bridged = estimate(base, energy, "bridge")
-    assert_right(bridged, 4.0)
+    assert_right("bridge", bridged, 4.0)
     plain = torch.stack([log_normalizer(base, energy, num_samples=2048, seed=seed).value for seed in range(50)])
     assert bridged.se < 0.7 * (plain - 4.0).square().mean().sqrt()
 
