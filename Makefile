@@ -22,7 +22,7 @@ help:
 	@echo "make test       the same, then the test suite"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      run the samplers against their peers; BENCH=--quick for a short look"
-	@echo "make bench-learning  energy priors on MNIST in DATA=folder: density, outliers; an hour on one core"
+	@echo "make bench-learning  energy priors on MNIST in DATA=folder: density, outliers; log Z; an hour on one core"
 	@echo "make notebooks  execute the notebooks again and keep their outputs"
 	@echo "make docs       run the demo and put its pictures where the README shows them"
 	@echo "make clean      remove $(VENV), out/ and caches"
@@ -43,6 +43,7 @@ bench: $(BENCHING)
 bench-learning: $(PACKAGE)
 	$(BIN)/python -m benchmarks.density --data $(DATA)
 	$(BIN)/python -m benchmarks.outliers --data $(DATA)
+	$(BIN)/python -m benchmarks.log_normalizers
 
 notebooks: $(TESTING)
 	$(BIN)/python tests/test_notebooks.py notebooks/*.ipynb

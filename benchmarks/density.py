@@ -32,7 +32,7 @@ _AFTER_TRAINING = ("epochs", "num_test", "num_samples")
 class Settings:
     """All that the numbers depend on."""
 
-    epochs: int = 20
+    epochs: int = 100
     latent_dim: int = 50
     hidden: tuple[int, ...] = (300, 300)
     energy_hidden: tuple[int, ...] = (100, 100)

@@ -1,4 +1,4 @@
-"""What the two benchmarks of learning share: options, training, rows kept one by one, and LEARNING.md."""
+"""What the benchmarks of learning share: options, training, rows kept one by one, and LEARNING.md."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ _MODELS = {"vae": "VAE", "tilted": "energy prior"}
 
 INTRODUCTION = """\
 Two tasks with published numbers, at a budget that two CPU cores bear; `--device cuda` and more `--epochs` go
-further. Rows are kept one by one in `benchmarks/results/`, with their settings and what they ran on."""
+further. Then estimates of log Z where it is known. Rows are kept one by one in `benchmarks/results/`, with their
+settings and what they ran on."""
 DENSITY = """\
 The setting of Lawson et al. 2019: 50 latent dimensions, networks 300-300, energy 100-100, K = 1,024, Adam 3e-4,
 batch 128. Each image is made binary once, by draws with a fixed seed from its grey values (not the published draws,
@@ -57,18 +58,27 @@ sets; the training seed is a single one. Latent size, networks and the score in 
 *Excess* is the surprise at x beyond the surprise that the decoder itself expects: -log p(x given z) minus the entropy
 of p(. given z). Images of few strokes have high likelihood under any model, whether seen in training or not; what is
 expected of them is subtracted here. Excess + rate is thus the negative ELBO minus that entropy."""
+LOG_Z = """\
+A standard normal tilted by a linear or a quadratic energy as strong in every dimension, so that log Z is known in any
+of them; KL says how many nats the tilted law lies from its base. Each method has the number of draws it takes by
+default, and the same seeds. z is the error in the estimate's own standard errors; mean z^2 of an estimate without bias
+is 1 where the standard error is known, 1.07 where 32 nets tell it (`qmc`), 1.15 with 16 islands or groups (`bridge`,
+`ais`) and 1.4 with 8 (`smc`)."""
 AGAIN = """\
 `python -m benchmarks.density --data FOLDER` and `python -m benchmarks.outliers --data FOLDER`, FOLDER being where
 MNIST lies or shall be downloaded to; `--digits 9`, `--models tilted` run a part, `--again` runs what is stored once
-more. `python -m benchmarks.learning_report` writes this file again from `benchmarks/results/`."""
+more. `python -m benchmarks.log_normalizers` needs no data. `python -m benchmarks.learning_report` writes this file
+again from `benchmarks/results/`."""
 
 
 def write_report(folder: Path = RESULTS, file: Path = REPORT) -> None:
     """Write the tables of what is stored in ``folder``."""
-    density, outliers = (stored(name, folder).get("rows", {}) for name in ("density", "outliers"))
+    names = ("density", "outliers", "log_normalizers")
+    density, outliers, log_z = (stored(name, folder).get("rows", {}) for name in names)
     parts = ["# Benchmarks of learning", INTRODUCTION]
     parts += _density(density) if density else []
     parts += _outliers(outliers) if outliers else []
+    parts += _log_z(log_z) if log_z else []
     file.write_text("\n\n".join([*parts, "## Again", AGAIN]) + "\n")
 
 
@@ -147,6 +157,44 @@ def _cell(rows: dict[str, Row], digit: int, model: str, score: str, *, error: bo
     if row is None or score not in row["auprc"]:
         return "-"
     return f"{row['auprc'][score]:.3f}" + (f" +- {row['se'][score]:.3f}" if error else "")
+
+
+def _log_z(rows: dict[str, Row]) -> list[str]:
+    columns = [
+        "target", "method", "rms error", "mean se", "mean z^2", "beyond 2 se", "farthest, in se", "CPU seconds",
+        "calls that warn", "bracket holds",
+    ]  # fmt: skip
+    lines = []
+    for row in rows.values():
+        made = row["settings"]
+        beyond, warned, held = (_share(row.get(name), made["seeds"]) for name in ("beyond_two", "warned", "held"))
+        lines.append([
+            f"{made['energy']}, {made['dim']}-D, KL {made['kl']:g}", made["method"], f"{row['rms']:.4f}",
+            f"{row['mean_se']:.4f}", f"{row['mean_z2']:.2f}", beyond, f"{row['largest_z']:.1f}",
+            f"{row['seconds']:.2f}", warned, held,
+        ])  # fmt: skip
+    return ["## log Z on exact targets", LOG_Z, table(columns, lines), _log_z_reading(rows), _setting(rows)]
+
+
+def _share(count: int | None, calls: int) -> str:
+    return "-" if count is None else f"{count} of {calls}"
+
+
+def _log_z_reading(rows: dict[str, Row]) -> str:
+    """How far each method's standard error can be trusted, in words."""
+    every = list(rows.values())
+    calls = sum(row["settings"]["seeds"] for row in every)
+    far, silent = (sum(row[name] for row in every) for name in ("beyond_four", "beyond_four_silently"))
+    parts = [f"Of {calls:,} estimates {far} lie more than 4 of their standard errors off, {silent} without a warning."]
+    for method in dict.fromkeys(row["settings"]["method"] for row in every):
+        own = [row for row in every if row["settings"]["method"] == method]
+        n = sum(row["settings"]["seeds"] for row in own)
+        mean = sum(row["mean_z2"] * row["settings"]["seeds"] for row in own) / n
+        warned = sum(row["warned"] for row in own)
+        says = f"`{method}`: mean z^2 {mean:.2f}, farthest {max(row['largest_z'] for row in own):.1f}"
+        held = f", its bracket holds in {sum(row['held'] for row in own)} of {n}" if "held" in own[0] else ""
+        parts.append(f"{says}, a warning in {warned} of {n} calls{held}.")
+    return " ".join(parts)
 
 
 def _setting(rows: dict[str, Row]) -> str:

@@ -1,4 +1,4 @@
-"""The benchmarks of learning in small: both scripts on the bundled digits, rows kept, the report of what is there."""
+"""The benchmarks of learning in small: scripts on the bundled digits or on exact answers, rows kept, and the report."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import math
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import kl_divergence
 
-from benchmarks import density, learning, learning_report, outliers
+from benchmarks import density, learning, learning_report, log_normalizers, outliers
 from pyro_ebm import VAE, QuadraticEnergy, digits
 from pyro_ebm.datasets import ImageSet
+from pyro_ebm.inference.log_normalizer import METHODS
 
 TINY = {"epochs": 2, "latent_dim": 3, "hidden": (16,), "energy_hidden": (8,), "num_proposals": 16}
 OUTLIERS = outliers.Settings(**TINY, num_samples=3, mode_steps=2, num_bootstrap=4)
@@ -30,6 +33,14 @@ def results(sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     outliers.run(learning.Rows("outliers", folder=folder), OUTLIERS, 1, *sets)
     density.run(learning.Rows("density", folder=folder), DENSITY, *sets)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def log_z(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log_z")
+    settings = log_normalizers.Settings(seeds=1, dims=(), far_dim=2, far_kl=1.0, num_samples=128)
+    log_normalizers.run(learning.Rows("log_normalizers", folder=folder), settings)
     return folder
 
 
@@ -131,6 +142,43 @@ class TestDensity:
         assert float(found.mean()) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / found.numel()))
 
 
+class TestLogNormalizers:
+    def test_every_method_on_every_target(self, log_z):
+        rows = read(log_z, "log_normalizers")
+        assert list(rows) == [f"{energy} 2-D 1 {method}" for energy in ("linear", "quadratic") for method in METHODS]
+        for row in rows.values():
+            assert 0 < row["rms"] < 1 and 0 < row["mean_se"] < 1 and row["seconds"] > 0
+            assert row["beyond_two"] in (0, 1) and row["warned"] in (0, 1)
+            assert ("held" in row) == (row["settings"]["method"] == "ais")
+
+    def test_some_methods(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(log_normalizers, "_row", lambda *_: {"rms": 0.0, "mean_z2": 1.0, "seconds": 0.0})
+        rows = learning.Rows("log_normalizers", folder=tmp_path)
+        log_normalizers.run(rows, log_normalizers.Settings(dims=()), ["smc", "ais"])
+        assert [name.split()[-1] for name in rows.rows] == ["smc", "ais"] * 2
+
+    def test_targets(self):
+        found = list(log_normalizers.targets(log_normalizers.Settings()))
+        assert len(found) == len(set(found)) == 2 * 4 + 2
+        assert {dim for _, dim, _ in found} == {2, 8, 32, 64} and ("linear", 64, 2.0) in found
+
+    @pytest.mark.parametrize("dim", [1, 64])
+    def test_tilts_lie_as_far_as_asked_for(self, dim):
+        base = dist.Normal(torch.zeros(dim), 1.0)
+        shift = log_normalizers.tilt_of("linear", dim, 2.0).a.detach()
+        shrunk = (1 + log_normalizers.tilt_of("quadratic", dim, 2.0).c.detach()) ** -0.5
+        for loc, scale in ((shift, 1.0), (0.0, shrunk)):
+            found = kl_divergence(dist.Normal(loc + torch.zeros(dim), scale + torch.zeros(dim)), base).sum()
+            assert float(found) == pytest.approx(2.0, abs=1e-4)
+
+    def test_summary(self):
+        error, se = torch.tensor([3.0, -5.0, 5.0, 1.0]), torch.ones(4)
+        found = log_normalizers.summary(error, se, torch.tensor([False, True, False, False]))
+        assert found["rms"] ** 2 == pytest.approx(15) and found["mean_z2"] == pytest.approx(15)
+        assert (found["beyond_two"], found["beyond_four"], found["beyond_four_silently"]) == (3, 2, 1)
+        assert (found["largest_z"], found["mean_se"], found["warned"]) == (5.0, 1.0, 1)
+
+
 class TestRows:
     def test_run_again_only_with_other_settings(self, tmp_path):
         made = []
@@ -197,6 +245,18 @@ class TestReport:
         (tmp_path / "density.json").write_text(json.dumps({"rows": rows}))
         learning_report.write_report(tmp_path, tmp_path / "LEARNING.md")
         assert "Gain of" not in (tmp_path / "LEARNING.md").read_text()
+
+    def test_of_log_z(self, log_z, tmp_path):
+        file = tmp_path / "LEARNING.md"
+        learning_report.write_report(log_z, file)
+        text = file.read_text()
+        rows = read(log_z, "log_normalizers")
+        held = sum(row.get("held", 0) for row in rows.values())
+        assert "## log Z on exact targets" in text and "## Density" not in text
+        assert f"its bracket holds in {held} of 2." in text
+        assert f"Of {len(rows)} estimates {sum(row['beyond_four'] for row in rows.values())} lie" in text
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(lines) == len(rows) + 2 and {line.count("|") for line in lines} == {11}
 
     def test_of_a_part(self, results, tmp_path):
         folder, file = tmp_path / "part", tmp_path / "LEARNING.md"
