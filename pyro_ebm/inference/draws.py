@@ -27,7 +27,7 @@ class Draws:
     Draws of a Markov chain have ``log_weights is None``. Draws with ``log_weights`` are weighted
     points (importance sampling, a quadrature grid, particles): their order means nothing, and
     diagnostics of chains (R-hat, autocorrelation) do not apply to them. Four or more chains of weighted
-    points are islands: independent of each other, while the points of one island need not be.
+    points are islands: nearly independent of each other, while the points of one island need not be.
 
     Args:
         values: site name -> tensor of shape (chain, draw, *site_shape), on the constrained scale.

@@ -19,7 +19,7 @@ _HALVINGS = 30
 
 
 class Cloud(NamedTuple):
-    """Weighted draws in groups that know nothing of each other; the mean of all weights is Z at ``reference``.
+    """Weighted draws in groups that share none; the mean of all weights is Z at ``reference``.
 
     Args:
         features: (groups, num, k), double precision.
