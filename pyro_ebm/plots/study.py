@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_debias_study"]
 
-_ROWS = {
-    "tv": "total variation distance\nfrom balanced classes",
-    "log_likelihood": "log likelihood per\nbalanced test image (nats)",
-}
+_BALANCE = {"tv": "total variation distance\nfrom balanced classes"}
+_GAIN = {"log_likelihood_gain": "log likelihood gained over the\nbiased VAE (nats per test image)"}
+_LIKELIHOOD = {"log_likelihood": "log likelihood per\nbalanced test image (nats)"}
 # A method keeps its colour and marker whichever others are shown.
 _LOOKS = {
     "biased": (INK, "o"), "reference_only": (color(4), "v"), "fine_tuned": (color(1), "s"),
@@ -27,6 +26,7 @@ _LOOKS = {
 }  # fmt: skip
 # Of a log likelihood further below the best than so many times the median is, only the direction is shown.
 _ROOM_BELOW = 12.0
+_ROOM_FOR_ARROWS = 0.18  # of the height that the points take
 
 
 def plot_debias_study(
@@ -35,11 +35,12 @@ def plot_debias_study(
     """Total variation distance and held-out log likelihood against reference size, a column for each latent dimension.
 
     Points are means over seeds, with one standard error where there are several seeds. Methods that use no reference
-    images are horizontal lines. A log likelihood far below all others is an arrow at the lower edge with its value.
+    images are horizontal lines. The log likelihood is what it gains over the biased VAE of the same seed, where that one
+    was studied too; far below all others it is an arrow at the lower edge with its value.
 
     Args:
-        summary: what :meth:`StudyResult.summary` returns: indexed by latent dimension, reference size and
-            method, with columns ``tv``, ``tv_se``, ``log_likelihood`` and ``log_likelihood_se``.
+        summary: what :meth:`StudyResult.summary` returns: indexed by latent dimension, reference size and method,
+            with columns ``tv``, ``log_likelihood_gain``, ``log_likelihood`` and their standard errors, ``tv_se``, ...
         axes: (2, latent dimensions); a new figure when ``None``.
 
     Returns:
@@ -55,10 +56,11 @@ def plot_debias_study(
     axes = _axes(axes, len(dims))
     methods = list(dict.fromkeys(table["method"]))
     sizes = sorted(size for size in table["reference_size"].unique() if size > 0)
-    for row, (metric, label) in enumerate(_ROWS.items()):
+    gains = "log_likelihood_gain" in table and table["log_likelihood_gain"].notna().any()
+    for row, (metric, label) in enumerate((_BALANCE | (_GAIN if gains else _LIKELIHOOD)).items()):
         for column, dim in enumerate(dims):
             ax, rows = axes[row, column], table[table["latent_dim"] == dim]
-            floor = _floor(table[metric]) if metric == "log_likelihood" else -math.inf
+            floor = _floor(table[metric]) if metric != "tv" else -math.inf
             for i, method in enumerate(methods):
                 _draw(ax, rows[rows["method"] == method], metric, i, floor)
             _finish(ax, sizes)
@@ -102,10 +104,11 @@ def _draw(ax: Axes, rows: pd.DataFrame, metric: str, index: int, floor: float) -
             markersize=5, linewidth=1.6, capsize=2.5, label=label,
         )  # fmt: skip
     for size, value in zip(*(rows[rows[metric] < floor][name] for name in ("reference_size", metric)), strict=True):
-        ax.annotate(
+        arrow = ax.annotate(
             f"{value:.1f}", (size, 0.0), (size, 0.11), xycoords=("data", "axes fraction"), ha="center", color=tone,
             fontsize="small", arrowprops={"arrowstyle": "->", "color": tone},
         )  # fmt: skip
+        arrow.set_in_layout(False)  # it lies within the axes, but not yet while the layout is tried
 
 
 def _floor(values: pd.Series) -> float:
@@ -134,5 +137,8 @@ def _share_limits(axes: NDArray[np.object_]) -> None:
     """One scale for all panels of a row, so that dimensions can be compared."""
     for row in axes:
         limits = np.array([ax.get_ylim() for ax in row])
+        low, high = limits[:, 0].min(), limits[:, 1].max()
+        if any(ax.texts for ax in row):  # room for the arrows, below all points
+            low -= _ROOM_FOR_ARROWS * (high - low)
         for ax in row:
-            ax.set_ylim(limits[:, 0].min(), limits[:, 1].max())
+            ax.set_ylim(low, high)

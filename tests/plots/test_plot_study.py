@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,34 @@ def test_a_log_likelihood_far_below_is_an_arrow_with_its_value():
     assert axes[1, 0].get_ylim()[0] > -130
     near = plot_debias_study(summary((2,)))
     assert not near[1, 0].texts
+
+
+@pytest.mark.parametrize("num_dims", [1, 2, 3, 4])
+def test_layout_holds_with_arrows_and_many_dimensions(num_dims):
+    axes = plot_debias_study(summary((2, 10, 32, 64)[:num_dims], lowest=-400.0))
+    figure = axes[0, 0].figure
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.canvas.draw()
+    legend = axes[0, -1].get_legend().get_window_extent()
+    assert legend.x1 <= figure.bbox.x1
+    boxes = [ax.get_tightbbox() for ax in axes[0]]
+    assert all(left.x1 <= right.x0 + 1 for left, right in zip(boxes, boxes[1:], strict=False))
+
+
+def test_gain_over_the_biased_vae_is_shown_where_it_is_known():
+    """In one dimension of z a nat is what it is in another, whatever their log likelihoods."""
+    table = summary()
+    assert "log likelihood per" in plot_debias_study(table)[1, 0].get_ylabel()
+    table["log_likelihood_gain"] = table["log_likelihood"] + 101.0
+    table["log_likelihood_gain_se"] = 0.1
+    table["log_likelihood"] -= 3 * table.index.get_level_values(0)
+    axes = plot_debias_study(table)
+    assert "gained over the" in axes[1, 0].get_ylabel()
+    for ax in axes[1]:
+        tilt = next(c for c in ax.containers if c.get_label() == "tilt")
+        np.testing.assert_allclose(tilt.lines[0].get_xydata(), [[50, 1.0], [250, 1.5]])
+        assert not ax.texts
 
 
 def test_unknown_values_are_left_out():
