@@ -35,8 +35,8 @@ def plot_debias_study(
     """Total variation distance and held-out log likelihood against reference size, a column for each latent dimension.
 
     Points are means over seeds, with one standard error where there are several seeds. Methods that use no reference
-    images are horizontal lines. The log likelihood is what it gains over the biased VAE of the same seed, where that one
-    was studied too; far below all others it is an arrow at the lower edge with its value.
+    images are horizontal lines. The log likelihood is what it gains over the biased VAE of the same seed, where that
+    one was studied too; far below all others it is an arrow at the lower edge with its value.
 
     Args:
         summary: what :meth:`StudyResult.summary` returns: indexed by latent dimension, reference size and method,
