@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
@@ -270,24 +271,23 @@ _listener: ContextVar[Callable[[Tensor], None] | None] = ContextVar("listener to
 _control: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("what log Z goes through", default=None)
 
 
-@contextmanager
-def weights_reported_to(listener: Callable[[Tensor], None]) -> Iterator[None]:
+def weights_reported_to(listener: Callable[[Tensor], None]) -> AbstractContextManager[None]:
     """Within this block ``listener`` gets the log weights (draws, *batch) of each log Z that is sampled for a model."""
-    token = _listener.set(listener)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
+    return _during(_listener, listener)
+
+
+def log_z_through(control: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """Within this block each log Z that is sampled for a model, (*batch), is what ``control`` makes of it."""
+    return _during(_control, control)
 
 
 @contextmanager
-def log_z_through(control: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within this block each log Z that is sampled for a model, (*batch), is what ``control`` makes of it."""
-    token = _control.set(control)
+def _during(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _control.reset(token)
+        variable.reset(token)
 
 
 def sampled_log_normalizer(

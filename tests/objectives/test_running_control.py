@@ -37,18 +37,17 @@ def guide(x):
         pyro.sample("z", dist.Normal(x, 0.5).to_event(1))
 
 
-def tilted(energy, num_samples=16):
-    return tilt(model, {"z": energy}, normalize=Normalizer(num_samples=num_samples))
+def tilted(energy, seed=0):
+    return tilt(model, {"z": energy}, normalize=Normalizer(num_samples=16, seed=seed))
 
 
-def negative_phases(objective, steps=4000, num_samples=16):
+def negative_phases(objective, steps=4000):
     """Gradients of log Z at E = -A.z: the data stand at zero, and their part of the gradient is zero."""
     values, weights = torch.zeros(1, 1, 2), torch.zeros(1, 1)
     found = []
     for step in range(steps):
         energy = LinearEnergy(A)
-        normalize = Normalizer(num_samples=num_samples, seed=step)
-        loss = objective(tilt(model, {"z": energy}, normalize=normalize), None, values, weights)
+        loss = objective(tilted(energy, seed=step), None, values, weights)
         found.append(torch.autograd.grad(loss, [energy.a])[0][0])
     return torch.stack(found[100:])
 
@@ -79,8 +78,7 @@ def test_loss_is_that_of_the_objective_and_so_is_the_first_gradient(objective):
 
     def loss_and_gradient(function, seed):
         torch.manual_seed(3)
-        tilted = tilt(model, {"z": energy}, normalize=Normalizer(num_samples=16, seed=seed))
-        loss = function(tilted, guide, x)
+        loss = function(tilted(energy, seed), guide, x)
         return loss, *torch.autograd.grad(loss, list(energy.parameters()), allow_unused=True)[:2]
 
     for step in range(3):
