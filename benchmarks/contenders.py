@@ -63,7 +63,7 @@ CONTENDERS = {
     "ours-hmc": Contender(
         "ours: HMC, captured", "ours.ours_chains", **_MANY, options={"graph": "captured", "kernel": "HMC"}
     ),
-    "ours-smc": Contender("ours: SMC", "ours.ours_smc", 16, 0, 1_024, needs="pyro_ebm.inference.smc"),
+    "ours-smc": Contender("ours: SMC", "ours.ours_smc", 16, 0, 1_024, needs="pyro_ebm.inference.annealing.smc"),
     "ours-snis": Contender("ours: importance sampling", "ours.ours_snis", **_MANY),
 }
 

@@ -3,7 +3,7 @@ r"""``python -m benchmarks.density``: a prior learned by the sampling bound agai
 The VAE of Lawson, Tucker, Dai and Ranganath (2019), "Energy-Inspired Models": 50 latent dimensions, networks
 300-300, energy 100-100, K = 1,024, Adam 3e-4, batch 128. Both models get the same number of steps.
 
-Static: each image is drawn once from its grey values, by a fixed seed. The first 50,000 training images are
+Static: each image is drawn once from its gray values, by a fixed seed. The first 50,000 training images are
 trained on, as in the usual split.
 """
 
@@ -72,7 +72,7 @@ def run(rows: Rows, settings: Settings, train_set: ImageSet, test_set: ImageSet,
 
 
 def static(images: Tensor, *, seed: int) -> Tensor:
-    """Pixels drawn once from their grey values."""
+    """Pixels drawn once from their gray values."""
     generator = torch.Generator().manual_seed(seed)
     return torch.bernoulli(images, generator=generator)
 

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.ours import flat
 from benchmarks.targets import Target, posterior
-from pyro_ebm.inference.batched_hmc import ChEES
-from pyro_ebm.inference.chains import Chains
-from pyro_ebm.inference.mcmc import MCMC
-from pyro_ebm.statistics import ess_bulk, r_hat
+from pyro_ebm.arviz_statistics import ess_bulk, r_hat
+from pyro_ebm.inference.chains.loop import Chains
+from pyro_ebm.inference.chains.mcmc import MCMC
+from pyro_ebm.inference.kernels.hmc import ChEES
 
 R_HAT, ESS = 1.01, 400.0
 CHAINS, SEED = 4, 5

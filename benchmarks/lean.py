@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from benchmarks.targets import load
-from pyro_ebm.inference.batched_hmc import ChEES
-from pyro_ebm.inference.capture import captured
-from pyro_ebm.inference.chains import Chains
-from pyro_ebm.inference.mcmc import MCMC
+from pyro_ebm.inference.chains.loop import Chains
+from pyro_ebm.inference.chains.mcmc import MCMC
+from pyro_ebm.inference.density.capture import captured
+from pyro_ebm.inference.kernels.hmc import ChEES
 
 CHAINS = 1_024
 

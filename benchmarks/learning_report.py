@@ -41,7 +41,7 @@ further. Then estimates of log Z where it is known. Rows are kept one by one in 
 settings and what they ran on."""
 DENSITY = """\
 The setting of Lawson et al. 2019: 50 latent dimensions, networks 300-300, energy 100-100, K = 1,024, Adam 3e-4,
-batch 128. Each image is made binary once, by draws with a fixed seed from its grey values (not the published draws,
+batch 128. Each image is made binary once, by draws with a fixed seed from its gray values (not the published draws,
 so that only the difference can be compared with the paper's). Both models make the same number of steps on the first
 50,000 training images, the energy learning together with encoder and decoder by `SamplingBound`. Test figures are
 importance-weighted lower bounds in nats; for the learned prior that of the sampled prior with K proposals, which is a
@@ -49,7 +49,7 @@ true bound, and beside it that of the tilted prior itself, with log Z from 262,1
 comes out too small where draws miss what the energy likes)."""
 OUTLIERS = """\
 Average precision on the whole MNIST test set with the left-out digit as the positive class, trained on the training
-images of the other nine digits (grey values under a Bernoulli likelihood). The energy learns jointly with encoder and
+images of the other nine digits (gray values under a Bernoulli likelihood). The energy learns jointly with encoder and
 decoder by `SamplingBound`: with log Z from independent draws of the prior (`Trace_ELBO` on the tilted model) the
 encoder moves to where no draw falls, and the loss runs away. After the +-, the standard error over bootstrapped test
 sets; the training seed is a single one. Latent size, networks and the score in bold were chosen with the digits 3 and

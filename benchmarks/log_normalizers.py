@@ -22,8 +22,8 @@ from benchmarks.learning import Row, Rows
 from benchmarks.learning_report import write_report
 from pyro_ebm import InferenceWarning, LinearEnergy, QuadraticEnergy, log_normalizer
 from pyro_ebm.energies import gaussian_log_normalizer
-from pyro_ebm.inference.ais import BoundedEstimate
-from pyro_ebm.inference.log_normalizer import METHODS
+from pyro_ebm.estimates import BoundedEstimate
+from pyro_ebm.inference.annealing.log_normalizer import METHODS
 
 ENERGIES = ("linear", "quadratic")
 

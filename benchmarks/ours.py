@@ -12,12 +12,12 @@ import torch
 from benchmarks.measure import Run
 from benchmarks.targets import Target
 from pyro_ebm.errors import InferenceWarning
-from pyro_ebm.inference.batched_hmc import HMC, ChEES
-from pyro_ebm.inference.chains import Chains
+from pyro_ebm.inference.chains.loop import Chains
+from pyro_ebm.inference.chains.mcmc import MCMC
+from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import importance
-from pyro_ebm.inference.log_density import LogDensity
-from pyro_ebm.inference.mcmc import MCMC
+from pyro_ebm.inference.kernels.hmc import HMC, ChEES
 
 
 def ours_chains(
@@ -43,7 +43,7 @@ def ours_chains(
 
 def ours_smc(target: Target, start: np.ndarray, *, warmup: int, draws: int, seed: int) -> Run:
     """Sequential Monte Carlo: one island a chain of the table, one particle a draw; ``warmup`` has no meaning here."""
-    from pyro_ebm.inference.smc import SMC
+    from pyro_ebm.inference.annealing.smc import SMC
 
     found = _quietly(
         SMC(target.model, num_particles=draws, num_islands=len(start), seed=seed, disable_progbar=True).run,

@@ -23,7 +23,7 @@ from benchmarks.learning import Row, Rows, parser, seeded, train
 from benchmarks.learning_report import DIGITS, SCORES, write_report
 from pyro_ebm import VAE, Energy, MLPEnergy, SamplingBound, mnist, tilt
 from pyro_ebm.datasets import ImageSet
-from pyro_ebm.normalizers import sampled_log_normalizer
+from pyro_ebm.tilts.normalizer import sampled_log_normalizer
 
 MODELS = ("vae", "tilted")
 _DRAWS_FOR_LOG_Z = 2**17

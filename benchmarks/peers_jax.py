@@ -1,4 +1,4 @@
-"""NumPyro's vectorised NUTS and blackjax's ChEES-HMC; both compiled by XLA, on its own threads."""
+"""NumPyro's vectorized NUTS and blackjax's ChEES-HMC; both compiled by XLA, on its own threads."""
 
 from __future__ import annotations
 

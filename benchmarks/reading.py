@@ -8,7 +8,7 @@ HEADLINE = "tilted_prior_2d"
 _OURS = ("ours-chees-eager", "ours-chees", "ours-chees-compiled", "ours-hmc", "ours-smc")
 _PEERS = {
     "stock Pyro NUTS (the faster of plain and jit)": ("pyro-nuts", "pyro-nuts-jit"),
-    "NumPyro's vectorised NUTS (the faster of 64 and 1,024 chains)": ("numpyro-nuts", "numpyro-nuts-1024"),
+    "NumPyro's vectorized NUTS (the faster of 64 and 1,024 chains)": ("numpyro-nuts", "numpyro-nuts-1024"),
     "blackjax ChEES": ("blackjax-chees",),
     "torchebm HMC": ("torchebm-hmc",),
 }

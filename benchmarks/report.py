@@ -17,7 +17,7 @@ TITLES = {
     "posterior_1": "One image's tilted posterior (2-D)",
     "posterior_100": "100 images' tilted posteriors (200-D)",
     "gaussian_10d": "10-D Gaussian, condition number 100",
-    "eight_schools": "Eight schools, non-centred (10-D)",
+    "eight_schools": "Eight schools, non-centered (10-D)",
     "logistic_25": "Logistic regression, 25 coefficients",
 }
 COLUMNS = (

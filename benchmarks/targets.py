@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.weights import networks, trained
 from pyro_ebm import VAE, LogDensity, tilt
-from pyro_ebm.inference.chain_starts import chain_starts
+from pyro_ebm.inference.chains.starts import chain_starts
 
 NAMES = (
     "tilted_prior_2d", "tilted_prior_32d", "posterior_1", "posterior_100",
@@ -167,7 +167,7 @@ ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], np.float32)
 
 
 def eight_schools() -> Target:
-    """Rubin's (1981) eight schools, non-centred: mu, tau and eight standardised effects."""
+    """Rubin's (1981) eight schools, non-centered: mu, tau and eight standardized effects."""
     y, sigma = torch.from_numpy(EFFECTS), torch.from_numpy(ERRORS)
 
     def model(y: Tensor) -> None:

@@ -11,7 +11,8 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_ebm import VAE, MLPEnergy, biased_split, digits, fit, fit_tilt, tilt
-from pyro_ebm.parameters import forked_rng, one_thread
+from pyro_ebm.devices import one_thread
+from pyro_ebm.randomness import forked_rng
 
 CACHE = Path(__file__).parent / "cache"
 SEED = 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
-from pyro_ebm.parameters import modules_of
+from pyro_ebm.modules import modules_of
 
 __all__ = [
     "ConvEnergy",

@@ -15,7 +15,8 @@ from pyro.ops.provenance import detach_provenance, get_provenance, track_provena
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 
-from pyro_ebm.parameters import evaluation_mode, forked_rng
+from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.randomness import forked_rng
 
 __all__ = [
     "ModelStructure",
@@ -121,7 +122,7 @@ def prototype_trace(
 
 
 def plate_depth(trace: poutine.Trace) -> int:
-    """Number of dimensions, from the right, that vectorised plates use (``max_plate_nesting``)."""
+    """Number of dimensions, from the right, that vectorized plates use (``max_plate_nesting``)."""
     frames = [f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]]
     return max([-frame.dim for frame in frames if frame.vectorized], default=0)
 

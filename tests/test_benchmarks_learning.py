@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence
 from benchmarks import density, learning, learning_report, log_normalizers, outliers
 from pyro_ebm import VAE, QuadraticEnergy, digits
 from pyro_ebm.datasets import ImageSet
-from pyro_ebm.inference.log_normalizer import METHODS
+from pyro_ebm.inference.annealing.log_normalizer import METHODS
 
 TINY = {"epochs": 2, "latent_dim": 3, "hidden": (16,), "energy_hidden": (8,), "num_proposals": 16}
 OUTLIERS = outliers.Settings(**TINY, num_samples=3, mode_steps=2, num_bootstrap=4)
@@ -135,10 +135,10 @@ class TestDensity:
         assert (value, error) == pytest.approx((2.0, 1 / math.sqrt(3)))
 
     def test_static_images(self):
-        grey = torch.full((500, 1, 8, 8), 0.3)
-        found = density.static(grey, seed=1)
+        gray = torch.full((500, 1, 8, 8), 0.3)
+        found = density.static(gray, seed=1)
         assert set(found.unique().tolist()) == {0.0, 1.0}
-        assert torch.equal(found, density.static(grey, seed=1))
+        assert torch.equal(found, density.static(gray, seed=1))
         assert float(found.mean()) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / found.numel()))
 
 

@@ -25,8 +25,8 @@ from pyro_ebm import (
     tilt,
 )
 from pyro_ebm.energies import FunctionEnergy, as_energy, gaussian_log_normalizer
-from pyro_ebm.inference.capture import captured
-from pyro_ebm.parameters import evaluation_mode
+from pyro_ebm.inference.density.capture import captured
+from pyro_ebm.modules import evaluation_mode
 
 # name -> (builder, event shape)
 ENERGIES = {
@@ -249,7 +249,7 @@ def test_gaussian_log_normalizer_against_a_grid(dim):
     grid = torch.linspace(-14, 14, 20001, dtype=torch.float64)[:, None]
     density = torch.distributions.Normal(loc, scale)
     linear, quadratic = LinearEnergy(torch.linspace(0.5, -1.0, dim)), QuadraticEnergy(0.7)
-    # both factorise over the dimensions
+    # both factorize over the dimensions
     tilts = {linear: grid * linear.a.double(), quadratic: -0.5 * quadratic.c.double() * grid**2}
     for energy, log_tilt in tilts.items():
         factors = torch.trapezoid((density.log_prob(grid) + log_tilt).exp(), grid[:, 0], dim=0)
@@ -296,7 +296,7 @@ def norms_of(energy):
 
 
 def stretch(energy, factor):
-    """What an optimiser does: change the weights in place."""
+    """What an optimizer does: change the weights in place."""
     with torch.no_grad():
         for parameter in energy.parameters():
             parameter.mul_(factor)

@@ -19,7 +19,7 @@ from pyro_ebm import (
     TrainingWarning,
     errors,
     importance,
-    nuts,
+    pyro_nuts,
     sample,
     tilt,
 )
@@ -36,7 +36,7 @@ CALLS = {
     "importance": lambda: importance(FAR, num_samples=100, seed=0),
     "snis": lambda: sample(FAR, method="snis", num_samples=100, seed=0),
     "snis ess": lambda: sample(FAR, method="snis", ess=100, seed=0),
-    "nuts": lambda: nuts(FAR, progress=False, **SHORT),
+    "nuts": lambda: pyro_nuts(FAR, progress=False, **SHORT),
     "sample nuts": lambda: sample(FAR, method="nuts", progress=False, **SHORT),
     "MCMC": lambda: MCMC(ChEES(FAR), disable_progbar=True, **SHORT).run(),
     "chees": lambda: sample(FAR, method="chees", progress=False, **SHORT),

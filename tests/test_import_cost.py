@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARVIZ = ["arviz", "arviz_base", "arviz_stats", "arviz_plots"]
 LATE = [*ARVIZ, "matplotlib", "pandas", "sklearn", "torchvision", "xarray"]
-EVERYDAY = "from pyro_ebm import tilt, VAE, fit, importance, nuts, Draws, LogDensity, MLPEnergy"
+EVERYDAY = "from pyro_ebm import tilt, VAE, fit, importance, pyro_nuts, Draws, LogDensity, MLPEnergy"
 
 
 def modules_after(statements: str) -> set[str]:

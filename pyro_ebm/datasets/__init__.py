@@ -1,4 +1,4 @@
-"""Labelled images: bundled digits, torchvision's sets, and biased splits of either."""
+"""Labeled images: bundled digits, torchvision's sets, and biased splits of either."""
 
 from __future__ import annotations
 

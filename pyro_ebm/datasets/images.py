@@ -1,4 +1,4 @@
-"""Labelled images, and the torchvision sets that are read as such."""
+"""Labeled images, and the torchvision sets that are read as such."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class ImageSet:
 def image_set(
     images: Tensor, labels: Tensor, *, scale: float, classes: Iterable[int] | None, name: str
 ) -> ImageSet:
-    """Select classes, divide grey values by ``scale`` and add the channel axis.
+    """Select classes, divide gray values by ``scale`` and add the channel axis.
 
     Args:
         images: (n, height, width), values in [0, scale].
         labels: (n,).
-        scale: the grey value of white.
+        scale: the gray value of white.
         classes: labels to keep; all when ``None``.
         name: name of the set.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyro_ebm.energies import Energy, as_energy
-from pyro_ebm.parameters import random_stream
+from pyro_ebm.randomness import random_stream
 
 __all__ = ["GaussianMixture2D"]
 
@@ -115,7 +115,7 @@ class GaussianMixture2D:
         return self._tilted(energy).logsumexp(0)
 
     def log_prob(self, x: Tensor, energy: Energy | Callable[[Tensor], Tensor]) -> Tensor:
-        """Normalised log density of the biased law tilted by an energy, (*batch, 2) to (*batch,)."""
+        """Normalized log density of the biased law tilted by an energy, (*batch, 2) to (*batch,)."""
         return self.biased.log_prob(x) - as_energy(energy)(x) - self.log_z(energy).to(x)
 
     def kl(self, energy: Energy | Callable[[Tensor], Tensor]) -> Tensor:
@@ -163,7 +163,7 @@ class GaussianMixture2D:
         return points, logs.log_softmax(0)
 
     def _tilted(self, energy: Energy | Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Log mass of each point of the grid, not normalised."""
+        """Log mass of each point of the grid, not normalized."""
         if energy is None:
             return self._log_base
         with torch.no_grad():

@@ -19,7 +19,7 @@ _BALANCED_SHARE = 0.3
 
 @dataclass(frozen=True, eq=False)
 class BiasedSplit:
-    """Four disjoint parts of one labelled set.
+    """Four disjoint parts of one labeled set.
 
     Args:
         biased: what the base model is trained on; classes in the proportions asked for.
@@ -53,7 +53,7 @@ def biased_split(
     reference_size: int | None = None,
     test_size: int | None = None,
 ) -> BiasedSplit:
-    """Split labelled images into a biased set and, from what remains, balanced sets.
+    """Split labeled images into a biased set and, from what remains, balanced sets.
 
     The biased set is the largest one with the given proportions that takes at most ``fraction`` of
     every class: ``n = floor(min_c floor(fraction n_c) / p_c)``. Of the images then left of the

@@ -14,9 +14,9 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 import pyro_ebm
+from pyro_ebm.arviz_statistics import arviz_is_1x, quiet_import
+from pyro_ebm.inference.chains.mcmc import MCMC as BatchedMCMC
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.inference.mcmc import MCMC as BatchedMCMC
-from pyro_ebm.statistics import arviz_is_1x, quiet_import
 from pyro_ebm.structure import observed_sites, prototype_trace
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def to_arviz(
     """Convert draws to what ArviZ reads, whichever version of it is installed.
 
     Weighted draws are marked as such: attribute ``weighted`` of the posterior group is 1, and
-    ``sample_stats`` holds their normalised ``log_weight``. ArviZ itself ignores weights: pass it
+    ``sample_stats`` holds their normalized ``log_weight``. ArviZ itself ignores weights: pass it
     ``Draws.resample`` where it should not. Factor sites (empty entries) are left out everywhere.
     Statistics of data that are sampled each on its own, (chain, draw, *data), share the names of their
     further dimensions: those of the sites where ``dims`` names them, else ``datum``. What of ArviZ reads

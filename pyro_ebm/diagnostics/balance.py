@@ -41,7 +41,7 @@ class LabelClassifier:
 
     @classmethod
     def fit(cls, images: Tensor, labels: Tensor, *, seed: int = 0) -> LabelClassifier:
-        """Fit on labelled images that no model was trained on.
+        """Fit on labeled images that no model was trained on.
 
         Args:
             images: (n, *event_shape), any event shape; flattened.
@@ -167,7 +167,7 @@ def class_balance(
     Args:
         labels: (n,) integers, each among ``classes``.
         classes: all classes, also those that may not occur.
-        weights: (n,) non-negative; normalised here. Equal when ``None``.
+        weights: (n,) non-negative; normalized here. Equal when ``None``.
         ess: effective sample size of the draws behind the labels (autocorrelated or weighted draws
             tell less than n independent ones); ``(sum w)^2 / sum w^2`` when ``None``, n if weights are equal.
         num_bootstrap: number of replicates.

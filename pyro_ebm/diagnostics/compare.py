@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.arviz_statistics import importance_ess, psis, r_hat
 from pyro_ebm.diagnostics.moments import (
     MIN_ISLANDS,
     Moments,
@@ -22,7 +23,6 @@ from pyro_ebm.diagnostics.moments import (
     tail_ess,
 )
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.statistics import importance_ess, psis, r_hat
 
 if TYPE_CHECKING:
     import numpy as np

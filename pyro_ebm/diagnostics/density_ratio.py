@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.statistics import importance_ess
+from pyro_ebm.arviz_statistics import importance_ess
 
 __all__ = ["DensityRatio", "density_ratio"]
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm import statistics
+from pyro_ebm import arviz_statistics as statistics
+from pyro_ebm.arviz_statistics import importance_ess, mcse_mean
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.statistics import importance_ess, mcse_mean
 
 __all__ = [
     "MIN_ISLANDS",
@@ -110,8 +110,8 @@ def bulk_ess(draws: Draws, x: Tensor) -> Tensor:
     limit = importance_ess(weights.log().flatten())
     if not has_islands(draws):
         return limit.expand(x.shape[2:])
-    centred = x - (weights * x).sum((0, 1))
-    size = (weights * centred**2).sum((0, 1)) / _squared_error(draws, weights * centred)
+    centered = x - (weights * x).sum((0, 1))
+    size = (weights * centered**2).sum((0, 1)) / _squared_error(draws, weights * centered)
     return torch.where(_constant(x), torch.nan, size.clamp(max=limit))
 
 
@@ -161,13 +161,13 @@ def _mean_and_error(draws: Draws, x: Tensor) -> Moments:
         return Moments(flat.mean(0), se, sd)
     weights = _weights(draws)
     mean = (weights * x).sum((0, 1))
-    centred = x - mean
-    se = torch.zeros_like(mean) if is_exact(draws) else _squared_error(draws, weights * centred).sqrt()
-    return Moments(mean, se, (weights * centred**2).sum((0, 1)).sqrt())
+    centered = x - mean
+    se = torch.zeros_like(mean) if is_exact(draws) else _squared_error(draws, weights * centered).sqrt()
+    return Moments(mean, se, (weights * centered**2).sum((0, 1)).sqrt())
 
 
 def _weights(draws: Draws) -> Tensor:
-    """Normalised weights in float64, shape (chain, draw, 1)."""
+    """Normalized weights in float64, shape (chain, draw, 1)."""
     logs: Tensor = draws.log_weights  # type: ignore[assignment]
     logs = logs.detach().cpu().double()
     return logs.flatten().softmax(0).reshape(*logs.shape, 1)

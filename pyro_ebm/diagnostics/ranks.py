@@ -98,9 +98,9 @@ class Calibration:
 
     def _row(self, name: str, prob: float) -> dict[str, Any]:
         size = self.num_draws + 1
-        centred = (self.ranks[name].double() + 0.5) / size - 0.5
+        centered = (self.ranks[name].double() + 0.5) / size - 0.5
         levels = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5
-        shift, spread = (_score(centred**power, levels**power) for power in (1, 2))
+        shift, spread = (_score(centered**power, levels**power) for power in (1, 2))
         adjusted = min(1.0, len(self.ranks) * self.p_values[name])
         verdict = "ok" if adjusted > 1 - prob else _describe(shift, spread)
         return {

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.errors import InferenceError, InferenceWarning
-from pyro_ebm.inference.batched_hmc import ChEES
-from pyro_ebm.inference.draws import Draws, Estimate
-from pyro_ebm.inference.hmc import nuts
-from pyro_ebm.inference.log_density import LogDensity
-from pyro_ebm.inference.mcmc import MCMC, random_seed
-from pyro_ebm.inference.smc import SMC
+from pyro_ebm.estimates import Estimate
+from pyro_ebm.inference.annealing.smc import SMC
+from pyro_ebm.inference.chains.mcmc import MCMC
+from pyro_ebm.inference.chains.pyro_kernels import pyro_nuts
+from pyro_ebm.inference.density.log_density import LogDensity
+from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.kernels.hmc import ChEES
 from pyro_ebm.inference.until import Target, importance_until, judged, reported, run_until
-from pyro_ebm.parameters import fingerprint
+from pyro_ebm.randomness import fingerprint, random_seed
 
 __all__ = ["auto"]
 
@@ -53,7 +54,7 @@ def auto(
     """Importance sampling if its Pareto k is below 0.5 and it reaches the ESS; else SMC, whose particles start ChEES.
 
     ``notes["auto"]`` lists what was tried and why it was kept or not. A model with discrete latent sites, or
-    one that cannot be vectorised, goes to Pyro's NUTS. Importance sampling may take a quarter of the time
+    one that cannot be vectorized, goes to Pyro's NUTS. Importance sampling may take a quarter of the time
     allowed, SMC about half of what is left; the warm-up of chains is not cut short, and NUTS not at all.
     """
     steps: list[str] = []
@@ -75,7 +76,7 @@ def auto(
         if independent is not None or vectorize != "plate":
             raise
         steps.append(f"batched chains: not possible ({error}); Pyro's NUTS instead, whatever time it takes")
-        draws = nuts(
+        draws = pyro_nuts(
             model, *args, guide=guide, seed=seed, progress=progress, strict=strict, model_kwargs=kwargs,
             num_samples=target.max_draws or 1000, num_chains=num_chains or 4,
         )  # fmt: skip

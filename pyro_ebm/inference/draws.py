@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "Estimate"]
+from pyro_ebm.estimates import Estimate
 
-
-class Estimate(NamedTuple):
-    """A Monte Carlo estimate and its standard error; unpacks as ``value, se``."""
-
-    value: Tensor
-    se: Tensor
+__all__ = ["Draws"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,10 +30,10 @@ class Draws:
         stats: statistic -> tensor (chain, draw), or (chain, draw, *data) for data that are sampled each
             on its own; names as in ArviZ: ``lp``, ``diverging``, ``acceptance_rate``, ``energy``,
             ``step_size``, ``n_steps``, ``tree_depth``.
-        log_weights: (chain, draw), normalised so that ``exp`` of them sums to one over all entries.
-        log_z: log of the normalising constant of the unnormalised target, with its standard error; one
+        log_weights: (chain, draw), normalized so that ``exp`` of them sums to one over all entries.
+        log_z: log of the normalizing constant of the unnormalized target, with its standard error; one
             number, or one for each datum.
-        pareto_k: shape of the generalised Pareto tail of the weights (PSIS); above 0.7 do not trust.
+        pareto_k: shape of the generalized Pareto tail of the weights (PSIS); above 0.7 do not trust.
         observed: observed site -> data, factor sites left out.
         dims: site -> names of the dimensions of ``site_shape``.
         coords: dimension name -> labels.
@@ -96,7 +91,7 @@ class Draws:
 
     @property
     def weights(self) -> Tensor:
-        """Normalised weights, shape (chain * draw,); uniform for draws of a chain."""
+        """Normalized weights, shape (chain * draw,); uniform for draws of a chain."""
         return self._weights().to(_floating_dtype(next(iter(self.values.values()))))
 
     def _weights(self) -> Tensor:

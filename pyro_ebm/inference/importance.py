@@ -1,4 +1,4 @@
-"""Importance sampling on Pyro's vectorised sampler: weighted draws, and log likelihoods with their errors."""
+"""Importance sampling on Pyro's vectorized sampler: weighted draws, and log likelihoods with their errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pyro import poutine
 from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
 
+from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.errors import InferenceError, warn_user
-from pyro_ebm.inference.draws import Draws, Estimate
-from pyro_ebm.inference.model_target import is_observed, keep_dims
-from pyro_ebm.normalizers import importance_estimate
-from pyro_ebm.parameters import evaluation_mode, forked_rng, random_stream
-from pyro_ebm.statistics import importance_ess, psis
+from pyro_ebm.estimates import Estimate, importance_estimate
+from pyro_ebm.inference.density.model_target import is_observed, keep_dims
+from pyro_ebm.inference.draws import Draws
+from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.randomness import forked_rng, random_stream
 from pyro_ebm.structure import latent_sites, observed_sites, padded_shape, plate_depth, prototype_trace
-from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws"]
 
@@ -63,7 +64,7 @@ def importance(
     strict: bool = False,
     **kwargs: Any,
 ) -> Draws:
-    r"""Self-normalised importance sampling: draws of the guide, weighted by ``p(z, x) / q(z)``.
+    r"""Self-normalized importance sampling: draws of the guide, weighted by ``p(z, x) / q(z)``.
 
     A tilted model enters without its own log Z, so ``draws.log_z`` estimates
     ``log int exp(-E) p(z, x) dz``: for an unconditioned model log Z itself.
@@ -78,7 +79,7 @@ def importance(
         **kwargs: keyword arguments of model and guide.
 
     Returns:
-        One chain of ``num_samples`` draws with normalised ``log_weights``, ``log_z`` with its standard
+        One chain of ``num_samples`` draws with normalized ``log_weights``, ``log_z`` with its standard
         error, ``pareto_k`` and ``notes["ess"]``. Trust the weights below k = 0.7.
 
     Raises:
@@ -98,7 +99,7 @@ def importance(
     log_weights = torch.cat([chunk[0] for chunk in chunks])
     values = {site: torch.cat([chunk[1][site] for chunk in chunks])[None] for site in chunks[0][1]}
     log_z = importance_estimate(log_weights)
-    normalised, k, problem = _judge(log_weights)
+    normalized, k, problem = _judge(log_weights)
     if problem and strict:
         raise InferenceError(problem)
     if problem:
@@ -108,7 +109,7 @@ def importance(
         values=values,
         method="snis",
         stats={"lp": torch.cat([chunk[2] for chunk in chunks])[None]},
-        log_weights=normalised[None],
+        log_weights=normalized[None],
         log_z=Estimate(*(float(x) for x in log_z)),  # type: ignore[arg-type]
         pareto_k=k,
         observed=sampler.observed,
@@ -116,7 +117,7 @@ def importance(
         seconds=seconds,
         sampling_seconds=seconds,
         notes={
-            "ess": float(importance_ess(normalised)),
+            "ess": float(importance_ess(normalized)),
             "proposal": "prior" if guide is None else "guide",
             "num_samples": num_samples,
         },
@@ -171,7 +172,7 @@ class _Importance:
                 if not torch.allclose(together[row], alone, rtol=1e-3, atol=1e-3, equal_nan=True):
                     raise DoesNotBroadcast(
                         "the model does not broadcast: it gives other log probabilities for two draws at once than for "
-                        "each alone; sum over dim=-1 and let batch dimensions through, or use nuts()"
+                        "each alone; sum over dim=-1 and let batch dimensions through, or use pyro_nuts()"
                     )
 
     def traces(self, num_samples: int) -> tuple[Tensor, poutine.Trace, poutine.Trace]:
@@ -220,7 +221,7 @@ def _subsampling_scale(site: Mapping[str, Any]) -> float:
 
 
 def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
-    """Normalised log weights, their Pareto k, and what is wrong with them in words (or None)."""
+    """Normalized log weights, their Pareto k, and what is wrong with them in words (or None)."""
     bad = log_weights.isnan() | (log_weights == math.inf)
     if bool((log_weights == -math.inf).all()):
         return torch.full_like(log_weights, math.nan), math.inf, (
@@ -230,18 +231,18 @@ def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
         )
     if bool(bad.any()):
         usable = torch.where(log_weights.isnan(), -math.inf, log_weights).clamp(max=1e30)
-        normalised = usable.double().log_softmax(-1).to(log_weights.dtype)
-        return normalised, math.inf, (
+        normalized = usable.double().log_softmax(-1).to(log_weights.dtype)
+        return normalized, math.inf, (
             f"importance weights are not finite for {int(bad.sum())} of {len(log_weights)} draws: the energy "
             f"is unbounded below or returns NaN; bound the energy, or check the model"
         )
-    normalised = log_weights.log_softmax(-1)
+    normalized = log_weights.log_softmax(-1)
     _, k = psis(log_weights)
     if k <= 0.7:
-        return normalised, k, None
-    return normalised, k, (
+        return normalized, k, None
+    return normalized, k, (
         f"importance weights are not reliable: Pareto k = {k:.2f} > 0.7, effective sample size "
-        f"{float(importance_ess(normalised)):.1f} of {len(log_weights)}; the target is far from the proposal "
+        f"{float(importance_ess(normalized)):.1f} of {len(log_weights)}; the target is far from the proposal "
         f"(or its energy is unbounded below): draw more, give a better guide, or use MCMC"
     )
 
@@ -309,7 +310,7 @@ def _check_log_z(model: Callable[..., Any], log_z: Estimate | None) -> None:
     if log_z is None:
         return
     if not isinstance(model, TiltedModel):
-        raise ValueError("log_z is given, but the model is not tilted: it is normalised; leave log_z out")
+        raise ValueError("log_z is given, but the model is not tilted: it is normalized; leave log_z out")
     if isinstance(model.normalize, Tensor):
         raise ValueError("log_z is given twice: by tilt(..., normalize=number) and by log_z=; leave one out")
     if not all(bool(torch.as_tensor(part).isfinite().all()) for part in log_z):
@@ -348,7 +349,7 @@ def posterior_draws(
         batch_size: data per pass, to bound memory.
 
     Returns:
-        site -> values (n, num_samples, *site_event), and log weights (n, num_samples) normalised per datum.
+        site -> values (n, num_samples, *site_event), and log weights (n, num_samples) normalized per datum.
     """
     with random_stream(seed), torch.no_grad():
         parts = [_data_draws(model, guide, rows, num_samples) for rows in x.split(batch_size)]

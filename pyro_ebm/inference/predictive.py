@@ -10,13 +10,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_ebm.arviz_statistics import psis
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.normalizers import checked_energy
-from pyro_ebm.parameters import evaluation_mode, random_stream
-from pyro_ebm.statistics import psis
+from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import event_dim_of, padded_shape, plate_depth, prototype_trace, unconditioned
-from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.tilts.normalizer import checked_energy
+from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["predictive"]
 
@@ -79,7 +80,7 @@ def _forward(
     *,
     given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Vectorised runs of the unconditioned model, with some sites fixed."""
+    """Vectorized runs of the unconditioned model, with some sites fixed."""
     prototype = prototype_trace(unconditioned(model), args, kwargs)
     depth = plate_depth(prototype)
     found = {

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_ebm.inference.draws import Draws, Estimate
-from pyro_ebm.inference.log_density import LogDensity
+from pyro_ebm.estimates import Estimate
+from pyro_ebm.inference.density.log_density import LogDensity
+from pyro_ebm.inference.draws import Draws
 
 __all__ = ["as_log_density", "quadrature"]
 
@@ -54,7 +55,7 @@ def quadrature(
         **kwargs: the model's keyword arguments.
 
     Returns:
-        Weighted draws, ``method="quadrature"``; ``log_z`` of the unnormalised target, its ``se`` being the
+        Weighted draws, ``method="quadrature"``; ``log_z`` of the unnormalized target, its ``se`` being the
         difference to the grid with every other point.
 
     Raises:

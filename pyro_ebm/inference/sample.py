@@ -10,16 +10,16 @@ from typing import Any
 
 from torch.distributions import Distribution
 
+from pyro_ebm.inference.annealing.smc import SMC
 from pyro_ebm.inference.auto import auto
-from pyro_ebm.inference.batched_hmc import ChEES
+from pyro_ebm.inference.chains.mcmc import MCMC
+from pyro_ebm.inference.chains.pyro_kernels import pyro_hmc, pyro_nuts
+from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.inference.hmc import hmc, nuts
 from pyro_ebm.inference.importance import importance
-from pyro_ebm.inference.kernel import Kernel
-from pyro_ebm.inference.langevin import MALA, ULA
-from pyro_ebm.inference.log_density import LogDensity
-from pyro_ebm.inference.mcmc import MCMC
-from pyro_ebm.inference.smc import SMC
+from pyro_ebm.inference.kernels.hmc import ChEES
+from pyro_ebm.inference.kernels.kernel import Kernel
+from pyro_ebm.inference.kernels.langevin import MALA, ULA
 from pyro_ebm.inference.until import Target, importance_until, run_until
 
 __all__ = ["METHODS", "sample"]
@@ -113,7 +113,7 @@ def sample(
         target = dataclasses.replace(target, max_draws=total if limited else None)
         return importance_until(model, guide, target, args, kwargs, seed=seed, began=began, **options)
     if method in ("nuts", "hmc"):
-        sampler = nuts if method == "nuts" else hmc
+        sampler = pyro_nuts if method == "nuts" else pyro_hmc
         shared: dict[str, Any] = {"guide": guide, "num_samples": num_samples, "num_chains": num_chains}
         return sampler(model, *args, seed=seed, model_kwargs=kwargs, **shared, **options)
     options["disable_progbar"] = not options.pop("progress", True)
@@ -155,7 +155,7 @@ def _known(method: str) -> set[str]:
         return _kernel_options(_KERNELS[method]) | _arguments(MCMC) - {"kernel"}
     if method == "snis":
         return {"strict"}  # importance() would pass others on to the model
-    functions: dict[str, Callable[..., Any]] = {"auto": auto, "nuts": nuts, "hmc": hmc, "smc": SMC}
+    functions: dict[str, Callable[..., Any]] = {"auto": auto, "nuts": pyro_nuts, "hmc": pyro_hmc, "smc": SMC}
     return _arguments(functions[method])
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.arviz_statistics import ess_bulk, r_hat
 from pyro_ebm.errors import InferenceError, warn_user
-from pyro_ebm.inference.chains import Chains
+from pyro_ebm.inference.chains.loop import Chains
+from pyro_ebm.inference.chains.mcmc import MCMC
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import importance
-from pyro_ebm.inference.mcmc import MCMC
-from pyro_ebm.statistics import ess_bulk, r_hat
 
 __all__ = ["Target", "importance_until", "judged", "reported", "run_until"]
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_ebm.modules import register_for_svi
 from pyro_ebm.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
-from pyro_ebm.parameters import register_for_svi
 
 __all__ = ["VAE"]
 
@@ -48,7 +48,7 @@ class VAE(nn.Module):
     Args:
         event_shape: shape of one datum, for instance (1, 28, 28).
         latent_dim: size of z.
-        likelihood: ``"bernoulli"``: values in [0, 1]; a grey value counts as the expected value of
+        likelihood: ``"bernoulli"``: values in [0, 1]; a gray value counts as the expected value of
             a binary pixel (cross-entropy). ``"continuous_bernoulli"``: a density on [0, 1].
             ``"gaussian"``: N(mu(z), sigma(z)^2) per element. ``"gaussian_shared"``: N(mu(z),
             sigma^2) with one learned sigma.
@@ -148,7 +148,7 @@ class VAE(nn.Module):
         return self._distribution(output).to_event(len(self.event_shape))
 
     def _distribution(self, output: Any) -> TorchDistribution:
-        # Pyro's own validation would refuse grey values for a Bernoulli; model and guide check the data.
+        # Pyro's own validation would refuse gray values for a Bernoulli; model and guide check the data.
         if self.likelihood == "bernoulli":
             return dist.Bernoulli(logits=output, validate_args=False)
         if self.likelihood == "continuous_bernoulli":

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm.normalizers import log_mean_exp
-from pyro_ebm.statistics import importance_ess, psis
+from pyro_ebm.arviz_statistics import importance_ess, psis
+from pyro_ebm.estimates import log_mean_exp
 
-__all__ = ["Cloud", "Optimum", "group_error", "minimise"]
+__all__ = ["Cloud", "Optimum", "group_error", "minimize"]
 
 _MAX_STEPS = 200
 _DECREMENT = 1e-14  # squared distance from the optimum, in units of a standard deviation of the features
@@ -49,8 +49,8 @@ class Cloud(NamedTuple):
         """Mean (k,) and covariance (k, k) of the features."""
         weights, flat = self.at(multipliers).flatten().softmax(0), self.features.flatten(0, 1)
         mean = weights @ flat
-        centred = flat - mean
-        return mean, (weights[:, None] * centred).T @ centred
+        centered = flat - mean
+        return mean, (weights[:, None] * centered).T @ centered
 
 
 class Optimum(NamedTuple):
@@ -61,8 +61,8 @@ class Optimum(NamedTuple):
     num_iterations: int
 
 
-def minimise(cloud: Cloud, basis: Tensor, target: Tensor, *, start: Tensor, least_ess: float = 0.0) -> Optimum:
-    r"""Minimise :math:`\log Z(\lambda) - \lambda \cdot target` by damped Newton steps.
+def minimize(cloud: Cloud, basis: Tensor, target: Tensor, *, start: Tensor, least_ess: float = 0.0) -> Optimum:
+    r"""Minimize :math:`\log Z(\lambda) - \lambda \cdot target` by damped Newton steps.
 
     Args:
         cloud: draws that log Z is estimated from.

@@ -12,15 +12,16 @@ from torch.distributions import Distribution, biject_to
 
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.errors import InferenceError, InferenceWarning, warn_user
-from pyro_ebm.inference.draws import Estimate
-from pyro_ebm.inference.log_normalizer import log_normalizer
-from pyro_ebm.inference.smc import SMC
-from pyro_ebm.moments.dual import Cloud, Optimum, group_error, minimise
+from pyro_ebm.estimates import Estimate
+from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
+from pyro_ebm.inference.annealing.smc import SMC
+from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.moments.dual import Cloud, Optimum, group_error, minimize
 from pyro_ebm.moments.energy import MomentEnergy
 from pyro_ebm.moments.feasibility import independent_basis, infeasible, separation
-from pyro_ebm.normalizers import Normalizer, enumerated, is_exchangeable, site_log_weights
-from pyro_ebm.parameters import evaluation_mode, fingerprint
-from pyro_ebm.tilted_distribution import TiltedDistribution
+from pyro_ebm.randomness import fingerprint
+from pyro_ebm.tilts.distribution import TiltedDistribution
+from pyro_ebm.tilts.normalizer import Normalizer, enumerated, is_exchangeable, site_log_weights
 
 __all__ = ["METHODS", "MomentFit", "fit_moments"]
 
@@ -255,7 +256,7 @@ class _Search:
         return self.result(cloud, fresh, lam)
 
     def descend(self, cloud: Cloud, start: Tensor, least_ess: float) -> Optimum:
-        found = minimise(cloud, self.basis, self.target, start=start, least_ess=least_ess)
+        found = minimize(cloud, self.basis, self.target, start=start, least_ess=least_ess)
         self.iterations += found.num_iterations
         return found
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.inference.adaptation import initial_tuning
-from pyro_ebm.inference.kernel import Kernel, State, Tuning
-from pyro_ebm.inference.langevin import MALA
-from pyro_ebm.inference.log_density import LogDensity
+from pyro_ebm.inference.density.log_density import LogDensity
+from pyro_ebm.inference.kernels.adaptation import initial_tuning
+from pyro_ebm.inference.kernels.kernel import Kernel, State, Tuning
+from pyro_ebm.inference.kernels.langevin import MALA
+from pyro_ebm.modules import frozen
 from pyro_ebm.objectives.positives import Positives, base_log_prob, draws_of, energy_of, positives, tilt_loss
 from pyro_ebm.objectives.replay_buffer import ReplayBuffer
-from pyro_ebm.parameters import frozen
-from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["ContrastiveDivergence", "contrast", "require_weight", "squared_slopes"]
 
@@ -39,7 +39,7 @@ class ContrastiveDivergence:
     - Without a buffer, chains start at the data (CD-m). The gradient is biased: regions that no chain reaches from the
       data within ``num_steps`` may keep a low energy. It vanishes where the tilt fits the data exactly.
     - With a :class:`ReplayBuffer`, chains go on from step to step (persistent CD). The gradient is consistent: with
-      long chains, few fresh ones and small steps of the optimiser the chains follow the tilt. ULA adds the bias of its
+      long chains, few fresh ones and small steps of the optimizer the chains follow the tilt. ULA adds the bias of its
       step size, MALA and HMC none.
 
     The number it returns is no measure of fit and may go up or down; :meth:`validation` is one, and ``fit`` uses it.

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_ebm.energies import Energy
 from pyro_ebm.objectives.contrastive import contrast, require_weight, squared_slopes
 from pyro_ebm.objectives.positives import base_draws, energy_of, positives, tilt_loss
-from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["FirstOrder"]
 
@@ -21,10 +21,10 @@ class FirstOrder:
 
     .. math:: \sum_i E(v_i) - n\, \overline{E(\tilde v)}, \qquad \tilde v \sim p(v)
 
-    minimises ``-(E_q[-E] - E_p[-E])``. **This is not a bound on the likelihood.** By Jensen's inequality
-    ``log Z >= E_p[-E]``, so what is maximised lies above the log likelihood; it is linear in the energy, so doubling
-    any energy that is better than none doubles it, and without regularisers the energy grows without bound. With them
-    the regularisers decide what it settles on: squared energies make the optimum ``-(q - p) / (2 alpha (q + p))``,
+    minimizes ``-(E_q[-E] - E_p[-E])``. **This is not a bound on the likelihood.** By Jensen's inequality
+    ``log Z >= E_p[-E]``, so what is maximized lies above the log likelihood; it is linear in the energy, so doubling
+    any energy that is better than none doubles it, and without regularizers the energy grows without bound. With them
+    the regularizers decide what it settles on: squared energies make the optimum ``-(q - p) / (2 alpha (q + p))``,
     which lies between ``-1 / (2 alpha)`` and ``1 / (2 alpha)`` and is no log ratio of densities. Kept so that
     published results can be reproduced; use :class:`TiltELBO`, :class:`ContrastiveDivergence` or
     :class:`NoiseContrastive` to learn a tilt.
@@ -36,7 +36,7 @@ class FirstOrder:
         num_samples: draws of the base per step; None: as many as data in the batch.
         alpha: weight of the squared energies of data and draws.
         gradient_penalty: weight of ``(|grad E| - 1)^2`` at random places between data and draws (Gulrajani et
-            al.). The third regulariser in use, squared weights, is ``weight_decay`` of the optimiser.
+            al.). The third regularizer in use, squared weights, is ``weight_decay`` of the optimizer.
 
     Raises:
         ValueError: an argument out of its range; in a call, a site whose law differs from datum to datum.

@@ -13,8 +13,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_ebm.normalizers import Normalizer, checked_energy, site_log_normalizer
-from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.tilts.normalizer import Normalizer, checked_energy, site_log_normalizer
+from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["TiltELBO", "TiltLikelihood"]
 
@@ -24,7 +24,7 @@ class TiltLikelihood:
 
     With the base model frozen this is ``log p_theta(x) - log p(x)``, no bound: the expectation is over the
     base's own posterior, given as weighted draws that are made once (:func:`fit_tilt` does so). log Z
-    enters, with its gradient the self-normalised estimate of the negative phase. The ELBO has ``E[-E(z)]``
+    enters, with its gradient the self-normalized estimate of the negative phase. The ELBO has ``E[-E(z)]``
     in place of ``log E[exp(-E(z))]``, which prefers energies that are flat across each posterior.
 
     Args:
@@ -38,17 +38,17 @@ class TiltLikelihood:
         """The loss, summed over the batch.
 
         Args:
-            model: a tilted model with one tilted site and a normaliser.
+            model: a tilted model with one tilted site and a normalizer.
             guide: not used.
             values: (batch, num_particles, *event) draws of the site given each datum.
-            log_weights: (batch, num_particles) their log weights, normalised per datum.
+            log_weights: (batch, num_particles) their log weights, normalized per datum.
 
         Returns:
             0-d.
 
         Raises:
             TypeError: if the model is not tilted.
-            ValueError: several tilted sites; a model without normaliser.
+            ValueError: several tilted sites; a model without normalizer.
         """
         site, normalize = one_tilt(model)
         energy = model.energies[site]
@@ -80,7 +80,7 @@ class TiltELBO:
 
     Its gradient with respect to the energies is that of ``Trace_ELBO`` on the tilted model, at a fraction
     of the cost: the model stops after its last tilted site, before the likelihood. log Z enters, with its
-    gradient the self-normalised estimate of the negative phase. Only for sites that the guide draws;
+    gradient the self-normalized estimate of the negative phase. Only for sites that the guide draws;
     use ``Trace_ELBO`` elsewhere, or when model or guide learn too.
 
     Example:
@@ -91,7 +91,7 @@ class TiltELBO:
         """The loss, summed over the batch.
 
         Args:
-            model: a tilted model with a normaliser.
+            model: a tilted model with a normalizer.
             guide: draws every tilted site.
             *batch: arguments of model and guide.
 
@@ -100,7 +100,7 @@ class TiltELBO:
 
         Raises:
             TypeError: if the model is not tilted.
-            ValueError: without normaliser; a tilted site that the guide does not draw.
+            ValueError: without normalizer; a tilted site that the guide does not draw.
         """
         if not isinstance(model, TiltedModel):
             raise TypeError(f"TiltELBO needs the model that tilt() returns, got {type(model).__name__}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.objectives.positives import base_draws, energy_of, log_z_of, positives
-from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["NoiseContrastive"]
 

@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["ObservedTiltLikelihood"]
 
@@ -18,7 +18,7 @@ class ObservedTiltLikelihood:
     r"""Log likelihood ratio of a model tilted at its data to its base: ``-E(x) - log Z``.
 
     With the base model frozen this is ``log p_theta(x) - log p(x)`` exactly: the latent sites play no part, and
-    no guide is asked. log Z enters, estimated by running the model forward, with its gradient the self-normalised
+    no guide is asked. log Z enters, estimated by running the model forward, with its gradient the self-normalized
     estimate of the negative phase. The estimate is only as good as those draws: K of them cannot tell a gain of
     more than about ``log K`` nats, and the energy runs away beyond.
 
@@ -30,7 +30,7 @@ class ObservedTiltLikelihood:
         """The loss, summed over the batch.
 
         Args:
-            model: a tilted model with a normaliser.
+            model: a tilted model with a normalizer.
             guide: not used.
             *batch: arguments of the model.
 
@@ -39,7 +39,7 @@ class ObservedTiltLikelihood:
 
         Raises:
             TypeError: if the model is not tilted.
-            ValueError: without normaliser; a tilted site that is not observed.
+            ValueError: without normalizer; a tilted site that is not observed.
         """
         if not isinstance(model, TiltedModel):
             raise TypeError(f"ObservedTiltLikelihood needs the model that tilt() returns, got {type(model).__name__}")

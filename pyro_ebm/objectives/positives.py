@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.forward_normalizer import forward_log_normalizer
-from pyro_ebm.normalizers import Normalizer, checked_energy, is_exchangeable, site_log_normalizer
 from pyro_ebm.structure import ModelStructure, event_dim_of, unconditioned, unmasked
-from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.tilts.forward import forward_log_normalizer
+from pyro_ebm.tilts.normalizer import Normalizer, checked_energy, is_exchangeable, site_log_normalizer
+from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = [
     "Positives",

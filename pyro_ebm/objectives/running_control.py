@@ -1,4 +1,4 @@
-"""A running average of Z against which the gradient of log Z is taken, for normalisers with few draws."""
+"""A running average of Z against which the gradient of log Z is taken, for normalizers with few draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_ebm.normalizers import log_z_through
+from pyro_ebm.tilts.normalizer import log_z_through
 
 __all__ = ["RunningControl"]
 

@@ -16,9 +16,9 @@ from torch.distributions import Distribution
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.inference.importance import LogLikelihood, log_likelihood
-from pyro_ebm.normalizers import Normalizer, checked_energy, enumerated, is_exchangeable, site_log_weights
 from pyro_ebm.structure import event_dim_of
-from pyro_ebm.tilts import TiltedModel
+from pyro_ebm.tilts.normalizer import Normalizer, checked_energy, enumerated, is_exchangeable, site_log_weights
+from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["SamplingBound", "snis_log_likelihood"]
 
@@ -26,7 +26,7 @@ _POOL = 2**18  # proposals in one pass of the energy, where each particle would 
 
 
 class SamplingBound:
-    r"""The ELBO of a model whose tilted site is drawn by self-normalised importance sampling with K proposals.
+    r"""The ELBO of a model whose tilted site is drawn by self-normalized importance sampling with K proposals.
 
     The site is one of K draws of its base, chosen with weights :math:`\exp(-E)`. That is a model of its own, close
     to the tilt for large K and never further from the data than its bound says:

@@ -21,7 +21,7 @@ def plot_images(
     """Images side by side in one grid, filled row by row.
 
     Args:
-        images: (n, height, width) grey, or (n, channels, height, width) with 1 or 3 channels. Values
+        images: (n, height, width) gray, or (n, channels, height, width) with 1 or 3 channels. Values
             belong in [0, 1]; what lies outside (a Gaussian decoder's mean may) is clipped.
         num_rows: rows of the grid; as square as possible when ``None``.
         title: what they are, for example ``"decoded prior draws"``.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_energy_landscape"]
 
-_DEPTH = 12.0  # nats below the peak where the colours end: what lies deeper is never sampled
+_DEPTH = 12.0  # nats below the peak where the colors end: what lies deeper is never sampled
 
 
 def plot_energy_landscape(
@@ -69,7 +69,7 @@ def plot_energy_landscape(
 def _log_density(
     energy: Callable[[Tensor], Tensor], base: Distribution | None, limits: tuple[float, ...], num_points: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unnormalised log density on the grid: x (num_points,), y (num_points,), values (y, x)."""
+    """Unnormalized log density on the grid: x (num_points,), y (num_points,), values (y, x)."""
     x, y = (
         torch.linspace(low, high, num_points, dtype=torch.float64) for low, high in (limits[:2], limits[2:])
     )

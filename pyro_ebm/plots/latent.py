@@ -17,7 +17,7 @@ __all__ = ["plot_latent_overlay", "plot_latent_scatter"]
 
 
 def plot_latent_scatter(z: Tensor, labels: Any, *, max_points: int = 5000, ax: Axes | None = None) -> Axes:
-    """Latent means coloured by class.
+    """Latent means colored by class.
 
     Args:
         z: latent points, shape (n, d) with d >= 2; for d > 2 their first two principal components are drawn.

@@ -19,7 +19,7 @@ __all__ = ["plot_debias_study"]
 _BALANCE = {"tv": "total variation distance\nfrom balanced classes"}
 _GAIN = {"log_likelihood_gain": "log likelihood gained over the\nbiased VAE (nats per test image)"}
 _LIKELIHOOD = {"log_likelihood": "log likelihood per\nbalanced test image (nats)"}
-# A method keeps its colour and marker whichever others are shown.
+# A method keeps its color and marker whichever others are shown.
 _LOOKS = {
     "biased": (INK, "o"), "reference_only": (color(4), "v"), "fine_tuned": (color(1), "s"),
     "importance_weighted": (color(3), "D"), "tilt": (color(0), "o"), "constraint": (color(2), "^"),

@@ -11,7 +11,7 @@ from pyro_ebm.plots.style import axes_or_new, color
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_ebm.training import FitResult
+    from pyro_ebm.training.fit import FitResult
 
 __all__ = ["plot_training_curves"]
 

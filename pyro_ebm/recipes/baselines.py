@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pyro_ebm.diagnostics.density_ratio import DensityRatio, density_ratio
 from pyro_ebm.models.vae import VAE
-from pyro_ebm.parameters import forked_rng
+from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.debias_config import Schedule
-from pyro_ebm.training import FitResult, fit
+from pyro_ebm.training.fit import FitResult, fit
 
 __all__ = ["WeightedELBO", "fine_tune", "train_vae", "train_weighted"]
 

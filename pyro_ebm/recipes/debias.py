@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_ebm import datasets
+from pyro_ebm.arviz_statistics import ess_bulk
 from pyro_ebm.datasets.splits import BiasedSplit, biased_split
+from pyro_ebm.devices import one_thread
 from pyro_ebm.diagnostics.balance import ClassBalance, LabelClassifier, class_balance, fairness_discrepancy
 from pyro_ebm.diagnostics.compare import compare
 from pyro_ebm.energies import Energy, MLPEnergy
@@ -24,14 +26,13 @@ from pyro_ebm.inference.importance import LogLikelihood, log_likelihood
 from pyro_ebm.inference.quadrature import quadrature
 from pyro_ebm.inference.sample import sample
 from pyro_ebm.models.vae import VAE
-from pyro_ebm.normalizers import Normalizer
-from pyro_ebm.parameters import forked_rng, one_thread
+from pyro_ebm.objectives.fit_tilt import fit_tilt
+from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.baselines import fine_tune, train_vae
 from pyro_ebm.recipes.debias_config import DATASETS, DebiasConfig, Schedule
-from pyro_ebm.statistics import ess_bulk
-from pyro_ebm.tilt_fit import fit_tilt
-from pyro_ebm.tilts import TiltedModel, tilt
-from pyro_ebm.training import FitResult
+from pyro_ebm.tilts.normalizer import Normalizer
+from pyro_ebm.tilts.tilt import TiltedModel, tilt
+from pyro_ebm.training.fit import FitResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,8 +173,8 @@ class _Job:
         with self.timed("data"):
             split = load_split(config)
         with self.timed("classifier"):
-            labelled = split.classifier
-            classifier = LabelClassifier.fit(labelled.images, labelled.labels, seed=config.seed)
+            labeled = split.classifier
+            classifier = LabelClassifier.fit(labeled.images, labeled.labels, seed=config.seed)
         with self.timed("vae"):
             vae, vae_fit = train_vae(split.biased.images, config.latent_dim, self.schedule, **self.run_options)
         with self.timed("tilt"):

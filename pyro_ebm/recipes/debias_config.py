@@ -53,7 +53,7 @@ class DebiasConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self._normalise()
+        self._normalize()
         if self.data not in DATASETS:
             raise ValueError(f"data must be one of {DATASETS}, got {self.data!r}")
         if len(set(self.digits)) != len(self.digits) or len(self.digits) < 2:
@@ -75,7 +75,7 @@ class DebiasConfig:
         if (self.num_samples or 0) < 4 * self.num_chains:
             raise ValueError(f"num_samples must be at least 4 per chain, got {self.num_samples}")
 
-    def _normalise(self) -> None:
+    def _normalize(self) -> None:
         """Ranges, arrays and their numbers become Python's own, which summary.json can hold."""
         plain: dict[str, Any] = {
             name: index(getattr(self, name)) for name in ("latent_dim", "num_chains", "seed")

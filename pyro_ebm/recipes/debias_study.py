@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_ebm.devices import one_thread
 from pyro_ebm.errors import TrainingWarning, warn_user
-from pyro_ebm.parameters import one_thread
 from pyro_ebm.recipes.outputs import prepare_folder
 from pyro_ebm.recipes.study_cells import Bench, run_cell
 from pyro_ebm.recipes.study_config import Cell, StudyConfig

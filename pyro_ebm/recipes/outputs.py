@@ -14,10 +14,10 @@ import torch
 
 from pyro_ebm import plots
 from pyro_ebm.diagnostics.arviz_bridge import save_arviz, to_arviz
-from pyro_ebm.parameters import forked_rng
+from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.debias_config import METHODS
 from pyro_ebm.recipes.report import write_report
-from pyro_ebm.training import save_weights
+from pyro_ebm.training.fit import save_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,14 +80,14 @@ def write_results(result: DebiasResult, out: str | Path) -> Path:
         folder / "report.html",
         title=f"Debiasing a VAE of {result.config.data} by a latent tilt",
         summary=result.summary,
-        comparison=_labelled(result.comparison),
+        comparison=_labeled(result.comparison),
         balance_table=balance_table(result),
         figures=figures,
     )
     return folder
 
 
-def _labelled(comparison: pd.DataFrame) -> pd.DataFrame:
+def _labeled(comparison: pd.DataFrame) -> pd.DataFrame:
     """The comparison with "target: method" as the name of each row."""
     names = comparison["target"] + ": " + comparison["method"]
     return comparison.drop(columns=["target", "method"]).set_axis(names)

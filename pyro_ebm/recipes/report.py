@@ -33,7 +33,7 @@ _COLUMNS = {
     "seconds": "wall-clock time, warm-up included",
     "ess_per_second": "ess_bulk for a second of work",
     "ess_per_gradient": "ess_bulk for a gradient evaluation",
-    "log_z": "log of the normalising constant of the target",
+    "log_z": "log of the normalizing constant of the target",
     "log_z_se": "standard error of log_z",
     "worst_error_in_se": "largest error of a mean or mean square against the reference, in standard errors; "
     "up to 4 may be chance",

@@ -22,18 +22,19 @@ from pyro_ebm.diagnostics.balance import (
 )
 from pyro_ebm.energies import Energy
 from pyro_ebm.errors import InferenceWarning, TrainingWarning
-from pyro_ebm.inference.draws import Draws, Estimate
+from pyro_ebm.estimates import Estimate
+from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
+from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import log_likelihood
-from pyro_ebm.inference.log_normalizer import log_normalizer
 from pyro_ebm.inference.sample import sample
 from pyro_ebm.models.vae import VAE
-from pyro_ebm.parameters import forked_rng
+from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.baselines import fine_tune, train_vae, train_weighted
 from pyro_ebm.recipes.debias import load_split, prior_model, train_tilt
 from pyro_ebm.recipes.study_config import Cell, StudyConfig
 from pyro_ebm.recipes.study_store import Row, StudyStore
-from pyro_ebm.tilts import tilt
-from pyro_ebm.training import FitResult
+from pyro_ebm.tilts.tilt import tilt
+from pyro_ebm.training.fit import FitResult
 
 __all__ = ["Bench", "run_cell"]
 
@@ -73,8 +74,8 @@ class Bench:
                 f"reference_sizes must be at most {available}, the balanced reference images that these data and "
                 f"proportions leave, got {config.sizes}; leave out the larger ones, or lower fraction"
             )
-        labelled = self.split.classifier
-        self.classifier = LabelClassifier.fit(labelled.images, labelled.labels, seed=seed)
+        labeled = self.split.classifier
+        self.classifier = LabelClassifier.fit(labeled.images, labeled.labels, seed=seed)
         self.test_probabilities = self.classifier.predict_proba(self.split.test.images).double().mean(0)
         self._vaes: dict[int, VAE] = {}
 

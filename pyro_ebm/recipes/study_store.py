@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from pyro_ebm.checkpoints import load_weights, save_weights
 from pyro_ebm.errors import CheckpointError
 from pyro_ebm.models.vae import VAE
 from pyro_ebm.recipes.study_config import Cell
+from pyro_ebm.training.checkpoints import load_weights, save_weights
 
 __all__ = ["StudyStore"]
 

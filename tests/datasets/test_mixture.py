@@ -139,7 +139,7 @@ def test_maximum_likelihood_approaches_the_balanced_law_as_data_grow():
     assert (TOY.class_weights(many) - TOY.weights).abs().max() < 0.08
 
 
-def test_a_tilt_that_cannot_be_normalised_is_found():
+def test_a_tilt_that_cannot_be_normalized_is_found():
     with pytest.raises(InferenceError, match="not finite"):
         log_normalizer(TOY.biased, lambda x: -(x**2).sum(-1).exp().exp(), seed=0, strict=True)
     assert TiltedDistribution(TOY.biased, TOY.energy).sample((5,)).shape == (5, 2)

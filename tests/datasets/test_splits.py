@@ -17,7 +17,7 @@ HALVES = {"proportions": [0.5, 0.5, 0.0]}
 PARTS = ["biased", "reference", "test", "classifier"]
 
 
-def labelled(counts: dict[int, int] | None = None) -> tuple[Tensor, Tensor]:
+def labeled(counts: dict[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """Images that hold their own index, so that every part can be traced back."""
     y = torch.cat([torch.full((n,), label) for label, n in (counts or COUNTS).items()])
     y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(1))]
@@ -30,7 +30,7 @@ def indices(split: BiasedSplit, part: str) -> list[int]:
 
 def test_counts_follow_the_rule() -> None:
     # Budgets 60, 48, 72 allow 120, 160, 360 images: 120 it is, class 3 decides. Left: 40, 44, 96.
-    split = biased_split(*labelled(), PROPORTIONS, 0.6)
+    split = biased_split(*labeled(), PROPORTIONS, 0.6)
     assert split.biased.counts == {3: 60, 5: 36, 8: 24}
     assert split.reference.counts == {3: 12, 5: 12, 8: 12}
     assert split.test.counts == {3: 12, 5: 12, 8: 12}
@@ -41,8 +41,8 @@ def test_counts_follow_the_rule() -> None:
     assert [getattr(split, part).name for part in PARTS] == PARTS
 
 
-def test_parts_are_disjoint_complete_and_rightly_labelled() -> None:
-    x, y = labelled()
+def test_parts_are_disjoint_complete_and_rightly_labeled() -> None:
+    x, y = labeled()
     split = biased_split(x, y, PROPORTIONS, 0.6)
     everything = [i for part in PARTS for i in indices(split, part)]
     assert sorted(everything) == list(range(len(y)))
@@ -78,8 +78,8 @@ def test_default_sizes_on_digits() -> None:
 
 def test_seed_decides_and_the_global_state_is_left_alone() -> None:
     state = torch.random.get_rng_state()
-    first, again = (biased_split(*labelled(), PROPORTIONS, 0.6, 4) for _ in range(2))
-    other = biased_split(*labelled(), PROPORTIONS, 0.6, 5)
+    first, again = (biased_split(*labeled(), PROPORTIONS, 0.6, 4) for _ in range(2))
+    other = biased_split(*labeled(), PROPORTIONS, 0.6, 5)
     assert torch.equal(state, torch.random.get_rng_state())
     for part in PARTS:
         assert indices(first, part) == indices(again, part)
@@ -87,19 +87,19 @@ def test_seed_decides_and_the_global_state_is_left_alone() -> None:
 
 
 def test_parts_are_shuffled() -> None:
-    labels = biased_split(*labelled(), PROPORTIONS, 0.6).biased.labels
+    labels = biased_split(*labeled(), PROPORTIONS, 0.6).biased.labels
     assert not torch.equal(labels, labels.sort().values)
 
 
 def test_mapping_and_zero_share() -> None:
-    split = biased_split(*labelled(), {8: 0.75, 5: 0.0, 3: 0.25}, 0.5)
+    split = biased_split(*labeled(), {8: 0.75, 5: 0.0, 3: 0.25}, 0.5)
     assert split.biased.counts == {3: 20, 8: 60}
     assert split.proportions == (0.25, 0.0, 0.75)
     assert split.reference.counts == {3: 18, 5: 18, 8: 18}
 
 
 def test_sizes_can_be_asked_for() -> None:
-    split = biased_split(*labelled(), PROPORTIONS, 0.6, reference_size=70, test_size=0)
+    split = biased_split(*labeled(), PROPORTIONS, 0.6, reference_size=70, test_size=0)
     assert split.reference.counts == {3: 23, 5: 23, 8: 23}
     assert len(split.test) == 0
     assert split.test.images.shape == (0, 1, 2, 2)
@@ -118,13 +118,13 @@ def test_sizes_can_be_asked_for() -> None:
 )
 def test_bad_proportions(proportions: Sequence[float] | dict[int, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        biased_split(*labelled(), proportions, 0.6)
+        biased_split(*labeled(), proportions, 0.6)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_bad_fraction(fraction: float) -> None:
     with pytest.raises(ValueError, match=f"fraction must lie strictly between 0 and 1, got {fraction}"):
-        biased_split(*labelled(), PROPORTIONS, fraction)
+        biased_split(*labeled(), PROPORTIONS, fraction)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_no_examples_left(
     counts: dict[int, int], fraction: float, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        biased_split(*labelled(counts), **{"proportions": PROPORTIONS, "fraction": fraction, **options})
+        biased_split(*labeled(counts), **{"proportions": PROPORTIONS, "fraction": fraction, **options})
 
 
 def test_bad_data() -> None:
-    x, y = labelled()
+    x, y = labeled()
     with pytest.raises(ValueError, match=r"same n > 0, got \(299, 1, 2, 2\) and \(300,\)"):
         biased_split(x[1:], y, PROPORTIONS, 0.6)
     with pytest.raises(ValueError, match="y must hold integer class labels"):

@@ -12,9 +12,10 @@ from pyro.infer import HMC, MCMC, NUTS, Predictive
 
 import pyro_ebm
 from pyro_ebm import ChEES, InferenceWarning
+from pyro_ebm.arviz_statistics import arviz_is_1x, quiet_import
 from pyro_ebm.diagnostics.arviz_bridge import load_arviz, save_arviz, to_arviz
-from pyro_ebm.inference.draws import Draws, Estimate
-from pyro_ebm.statistics import arviz_is_1x, quiet_import
+from pyro_ebm.estimates import Estimate
+from pyro_ebm.inference.draws import Draws
 
 CHAINS, DRAWS, GROUP, OBSERVED = 2, 50, 3, torch.tensor([0.5, 1.5, -0.5, 2.0])
 

@@ -19,7 +19,7 @@ from pyro_ebm.energies import LinearEnergy
 from pyro_ebm.errors import InferenceError, InferenceWarning
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import importance
-from pyro_ebm.tilts import TiltedModel, tilt
+from pyro_ebm.tilts.tilt import TiltedModel, tilt
 
 Sampler = Callable[..., Draws]
 run = functools.partial(calibrate, seed=0, progress=False)

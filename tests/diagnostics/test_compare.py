@@ -8,7 +8,8 @@ from torch.distributions import Normal
 
 from pyro_ebm.diagnostics.compare import compare
 from pyro_ebm.diagnostics.moments import moments
-from pyro_ebm.inference.draws import Draws, Estimate
+from pyro_ebm.estimates import Estimate
+from pyro_ebm.inference.draws import Draws
 
 COLUMNS = [
     *("method", "draws", "chains", "ess_bulk", "ess_tail", "r_hat", "mcse_per_sd", "pareto_k", "divergences"),
@@ -290,9 +291,9 @@ def test_weighted_chains_of_importance_sampling_keep_their_pareto_k():
 
 def test_few_islands_are_held_to_students_t():
     # R = 4, means of islands 0.4, 0.6, 0.4, 0.6 around 0.5: se^2 = 4 / 3 * 4 * (0.1 / 4)^2
-    centres = torch.tensor([0.4, 0.6, 0.4, 0.6])[:, None, None]
+    centers = torch.tensor([0.4, 0.6, 0.4, 0.6])[:, None, None]
     noise = normal(1, 500, 3)
-    x = centres + torch.cat([noise, -noise], 1)
+    x = centers + torch.cat([noise, -noise], 1)
     row = compare({"x": islands(x)}, reference=grid(), min_ess=0).loc["x"]
     assert row.worst_error_in_se == pytest.approx(0.5 / (0.1 / math.sqrt(3)), rel=1e-3)
     # a t of three degrees of freedom exceeds 32.6 as rarely as a normal exceeds 4

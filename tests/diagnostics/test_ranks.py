@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_ebm.arviz_statistics import arviz_is_1x
 from pyro_ebm.diagnostics.ranks import Calibration, uniform_band, uniform_ecdf, uniform_p_value
-from pyro_ebm.statistics import arviz_is_1x
 
 
 def random_ranks(count: int, num_draws: int, *, seed: int = 0, power: float = 1.0) -> Tensor:

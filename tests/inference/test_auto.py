@@ -9,9 +9,19 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ebm import InferenceError, InferenceWarning, LinearEnergy, compare, importance, nuts, sample, tilt, to_arviz
+from pyro_ebm import (
+    InferenceError,
+    InferenceWarning,
+    LinearEnergy,
+    compare,
+    importance,
+    pyro_nuts,
+    sample,
+    tilt,
+    to_arviz,
+)
+from pyro_ebm.arviz_statistics import ess_bulk, r_hat
 from pyro_ebm.inference import auto, until
-from pyro_ebm.statistics import ess_bulk, r_hat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*chains disagree:pyro_ebm.InferenceWarning")
 QUIET = {"seed": 0, "progress": False}
@@ -218,9 +228,9 @@ def test_models_for_chains_one_by_one(monkeypatch, model, first, second):
 
     def short(*args, **kwargs):
         seen.update(kwargs)
-        return nuts(*args, warmup_steps=10, **kwargs)
+        return pyro_nuts(*args, warmup_steps=10, **kwargs)
 
-    monkeypatch.setattr(auto, "nuts", short)
+    monkeypatch.setattr(auto, "pyro_nuts", short)
     draws = sample(model, **SHORT)
     assert draws.method == "nuts" and draws.num_chains == 2 and draws.num_draws == 12
     told = steps(draws)
@@ -232,7 +242,7 @@ def test_models_for_chains_one_by_one(monkeypatch, model, first, second):
 
 
 def test_nuts_that_falls_short_says_so(monkeypatch):
-    monkeypatch.setattr(auto, "nuts", lambda *args, **kwargs: nuts(*args, warmup_steps=10, **kwargs))
+    monkeypatch.setattr(auto, "pyro_nuts", lambda *args, **kwargs: pyro_nuts(*args, warmup_steps=10, **kwargs))
     with pytest.warns(InferenceWarning, match="nuts: stopped by num_samples=12 with bulk ESS"):
         sample(discrete, **{**SHORT, "ess": 1e6})
     with pytest.raises(InferenceError, match="nuts: "):
@@ -260,7 +270,7 @@ def test_smc_that_fails(small, monkeypatch, trouble):
     if trouble:
         monkeypatch.setattr(auto.SMC, "run", failing)
     else:
-        monkeypatch.setattr("pyro_ebm.inference.smc._MAX_SE", 0.0)
+        monkeypatch.setattr("pyro_ebm.inference.annealing.smc._MAX_SE", 0.0)
     draws = sample(tilted(2.5, 0.0), ess=200, **QUIET)
     _, second, third = steps(draws)
     if trouble:

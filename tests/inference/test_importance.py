@@ -43,7 +43,7 @@ def small_vae():
 
 
 def standard_error(draws, f):
-    """Of the self-normalised mean of ``f`` (delta method), and that mean."""
+    """Of the self-normalized mean of ``f`` (delta method), and that mean."""
     w, values = draws.weights, f(draws.flat("z").reshape(-1, 2))
     mean = w @ values
     return ((w[:, None] * (values - mean)) ** 2).sum(0).sqrt(), mean
@@ -100,7 +100,7 @@ def test_log_z_of_a_normal_model_and_its_lp():
     torch.testing.assert_close(draws.stats["lp"], expected)
 
 
-def test_weights_are_normalised():
+def test_weights_are_normalized():
     draws = importance(tilt(prior, {"z": bent}), num_samples=5000, seed=0)
     assert draws.log_weights.shape == (1, 5000)
     assert float(draws.log_weights.exp().sum()) == pytest.approx(1.0, abs=1e-4)

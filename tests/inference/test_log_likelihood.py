@@ -153,10 +153,10 @@ def test_log_z_from_elsewhere():
         log_likelihood(model, wide_guide, x, num_samples=50, seed=0)
     base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
     log_z = log_normalizer(base, LinearEnergy(a), method="ais", num_samples=256, seed=0)
-    unnormalised = log_likelihood(model.unnormalized(), wide_guide, x, num_samples=500, seed=0)
+    unnormalized = log_likelihood(model.unnormalized(), wide_guide, x, num_samples=500, seed=0)
     found = log_likelihood(model, wide_guide, x, num_samples=500, log_z=log_z, seed=0)
-    torch.testing.assert_close(found.value, unnormalised.value - log_z.value)
-    torch.testing.assert_close(found.se, (unnormalised.se**2 + log_z.se**2).sqrt())
+    torch.testing.assert_close(found.value, unnormalized.value - log_z.value)
+    torch.testing.assert_close(found.se, (unnormalized.se**2 + log_z.se**2).sqrt())
     assert (found.log_z_se == log_z.se).all()
 
 

@@ -33,7 +33,7 @@ def guide(x, *, num_data=None):
 
 
 def expectation(log_weights, values):
-    """Self-normalised estimate (n, ...) and its standard error, from (n, num_samples, ...)."""
+    """Self-normalized estimate (n, ...) and its standard error, from (n, num_samples, ...)."""
     weights = log_weights.exp().reshape(*log_weights.shape, *[1] * (values.ndim - 2))
     mean = (weights * values).sum(1)
     return mean, (weights * (values - mean[:, None])).square().sum(1).sqrt()
@@ -48,8 +48,8 @@ def assert_covered(found, exact):
 def assert_posterior(values, log_weights, loc):
     z = values["z"]
     assert_covered(expectation(log_weights, z), loc)
-    centred = z - loc[:, None]
-    products = centred[..., :, None] * centred[..., None, :]
+    centered = z - loc[:, None]
+    products = centered[..., :, None] * centered[..., None, :]
     assert_covered(expectation(log_weights, products), SPREAD.expand(len(loc), 2, 2))
 
 

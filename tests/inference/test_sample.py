@@ -20,9 +20,9 @@ from pyro_ebm import (
     LinearEnergy,
     LogDensity,
     TiltedDistribution,
-    hmc,
     importance,
-    nuts,
+    pyro_hmc,
+    pyro_nuts,
     sample,
     tilt,
 )
@@ -57,7 +57,7 @@ def same(found, expected):
     assert all(torch.equal(found.stats[name], expected.stats[name]) for name in found.stats)
 
 
-@pytest.mark.parametrize("method, function", [("nuts", nuts), ("hmc", hmc)])
+@pytest.mark.parametrize("method, function", [("nuts", pyro_nuts), ("hmc", pyro_hmc)])
 def test_chains_one_by_one(method, function):
     options = {"warmup_steps": 5, "progress": False, "init": "uniform", "model_kwargs": {"scale": 2.0}, **FAST}
     found, expected = sample(TILTED, 0.5, method=method, **options), function(TILTED, 0.5, **options)
@@ -116,7 +116,7 @@ def test_counts_by_default(method, shape):
 
 def test_a_thousand_draws_by_default(monkeypatch):
     seen = {}
-    monkeypatch.setattr("pyro_ebm.inference.sample.nuts", lambda *args, **kwargs: seen.update(kwargs))
+    monkeypatch.setattr("pyro_ebm.inference.sample.pyro_nuts", lambda *args, **kwargs: seen.update(kwargs))
     sample(model, method="nuts")
     assert seen["num_samples"] == 1000 and seen["num_chains"] == 4
 

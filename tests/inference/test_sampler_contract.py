@@ -9,10 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ebm import Draws, QuadraticEnergy, hmc, importance, nuts, quadrature, sample, tilt
-from pyro_ebm.inference.batched_hmc import HMC, ChEES
-from pyro_ebm.inference.langevin import MALA, ULA
-from pyro_ebm.inference.mcmc import MCMC
+from pyro_ebm import Draws, QuadraticEnergy, importance, pyro_hmc, pyro_nuts, quadrature, sample, tilt
+from pyro_ebm.inference.chains.mcmc import MCMC
+from pyro_ebm.inference.kernels.hmc import HMC, ChEES
+from pyro_ebm.inference.kernels.langevin import MALA, ULA
 
 # Runs this short cannot be trusted, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_ebm.InferenceWarning")
@@ -29,8 +29,8 @@ def batched(kernel):
 
 SAMPLERS = {
     "importance": lambda model, *args, seed=None: importance(model, None, *args, num_samples=50, seed=seed),
-    "nuts": lambda model, *args, seed=None: nuts(model, *args, seed=seed, **FAST),
-    "hmc": lambda model, *args, seed=None: hmc(model, *args, seed=seed, **FAST),
+    "nuts": lambda model, *args, seed=None: pyro_nuts(model, *args, seed=seed, **FAST),
+    "hmc": lambda model, *args, seed=None: pyro_hmc(model, *args, seed=seed, **FAST),
     "sample": lambda model, *args, seed=None: sample(model, *args, method="nuts", seed=seed, **FAST),
     "quadrature": lambda model, *args, seed=None: quadrature(model, *args, num_points=33),
     "chees": batched(ChEES),

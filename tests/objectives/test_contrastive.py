@@ -1,4 +1,4 @@
-"""ContrastiveDivergence: its chains, its gradient, its regularisers, its state, and the tilts it recovers."""
+"""ContrastiveDivergence: its chains, its gradient, its regularizers, its state, and the tilts it recovers."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_masked_data_and_bounds_stored_for_each_datum():
 # The loss
 
 
-def test_contrast_and_its_regulariser():
+def test_contrast_and_its_regularizer():
     down, up = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 4.0])
     assert contrast(down, up) == 3 * (2.0 - 2.0)
     expected = 3 * 0.5 * (14 / 3 + 16 / 2)
@@ -176,7 +176,7 @@ def test_squared_slopes(shape):
         assert not squared_slopes(energy, values).requires_grad
 
 
-def test_regularisers_hold_the_energy_back():
+def test_regularizers_hold_the_energy_back():
     x, norms = torch.randn(500, 2) + 1.0, {}
     options = {"none": {}, "alpha": {"alpha": 0.5}, "gradient": {"gradient_penalty": 0.5}}
     for name, weights in options.items():

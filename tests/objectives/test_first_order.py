@@ -1,4 +1,4 @@
-"""FirstOrder: its loss, that it is no bound and runs away, and what its regularisers make of it."""
+"""FirstOrder: its loss, that it is no bound and runs away, and what its regularizers make of it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_the_gradient_penalty_settles_it_at_slope_one_and_a_bit():
     assert ((energy.a.detach() - expected).abs() < 8 * noise).all()
 
 
-def test_regularisers_add_up():
+def test_regularizers_add_up():
     energy, x = LinearEnergy([3.0, -4.0]), torch.randn(50, 2)
     tilted, losses = tilt(root, {"z": energy}), {}
     for name, options in {"plain": {}, "penalty": {"gradient_penalty": 0.1}}.items():

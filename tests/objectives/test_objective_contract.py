@@ -40,7 +40,7 @@ OBJECTIVES = {
         "z",
     ),
     "NoiseContrastive": (lambda vae: NoiseContrastive(num_noise=2), "z"),
-    "NoiseContrastive, normalised": (lambda vae: NoiseContrastive(normalize=True), "z"),
+    "NoiseContrastive, normalized": (lambda vae: NoiseContrastive(normalize=True), "z"),
     "NoiseContrastive of data": (lambda vae: NoiseContrastive(), "x"),
     "FirstOrder": (lambda vae: FirstOrder(alpha=0.1, gradient_penalty=0.1), "z"),
     "FirstOrder of data": (lambda vae: FirstOrder(alpha=0.1, num_samples=10), "x"),

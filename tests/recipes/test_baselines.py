@@ -9,7 +9,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_ebm import VAE, WeightedELBO, fit
-from pyro_ebm.parameters import forked_rng
+from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes import baselines as module
 from pyro_ebm.recipes.baselines import fine_tune, train_vae, train_weighted
 from pyro_ebm.recipes.debias_config import Schedule

@@ -16,7 +16,7 @@ from pyro_ebm import (
     ReconstructionEnergy,
     fit,
     importance,
-    noncentred,
+    noncentered,
     tilt,
 )
 
@@ -59,7 +59,7 @@ def test_training_moves_the_energy_and_not_the_vae():
 def test_samplers_see_it():
     vae = small_vae()
     energy = ReconstructionEnergy(LinearEnergy(torch.ones(4)), vae)
-    noise = noncentred(tilt(vae.model, {"x": energy}))
+    noise = noncentered(tilt(vae.model, {"x": energy}))
     weights = importance(noise, num_samples=50, seed=0).log_weights
     assert weights.std() > 1e-4
     _, grad = LogDensity.from_model(noise).value_and_grad(torch.randn(3, 6))

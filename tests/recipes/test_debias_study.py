@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pyro_ebm import VAE, LinearEnergy, StudyConfig, StudyResult, TrainingWarning, debias_study
-from pyro_ebm.parameters import forked_rng
+from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes import debias_study as study
 from pyro_ebm.recipes import study_cells
 from pyro_ebm.recipes.debias_config import Schedule
@@ -26,7 +26,7 @@ from pyro_ebm.recipes.study_store import StudyStore
 SMALL: dict[str, Any] = {"quick": True, "progress": False, "latent_dims": (1,), "reference_sizes": (20,)}
 METRICS = ["tv", "fairness_discrepancy", "log_likelihood", "log_likelihood_se", "confidence", "diversity",
            "least_diversity", "seconds", "log_likelihood_gain"]  # fmt: skip
-# Long enough that the decoder shows digits: shares of a grey blur cannot be held at anything.
+# Long enough that the decoder shows digits: shares of a gray blur cannot be held at anything.
 LONGER = Schedule(hidden=(32,), vae_epochs=30, vae_batch=64, tilt_epochs=2, patience=30)
 WITHOUT_CLASSIFIER = METHODS[:5]
 WHOLE = {**SMALL, "latent_dims": (2,), "methods": WITHOUT_CLASSIFIER}

@@ -1,0 +1,212 @@
+"""Sequential Monte Carlo: a population of particles carried from a law one can draw from to the target."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributions import Distribution
+from tqdm.auto import tqdm
+
+from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.estimates import Estimate, importance_estimate
+from pyro_ebm.inference.annealing.population import Annealing, Population, anneal
+from pyro_ebm.inference.annealing.tempering import Path, kernel_for, path_to
+from pyro_ebm.inference.chains.report import worst_r_hat
+from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.kernels.kernel import Kernel
+from pyro_ebm.inference.kernels.langevin import ULA
+from pyro_ebm.randomness import random_seed, streams
+
+__all__ = ["SMC"]
+
+_MAX_R_HAT, _MIN_ACCEPTANCE, _MAX_SE = 1.05, 0.05, 0.5
+_ENOUGH = 100  # particles, for R-hat to say something
+
+
+class SMC:
+    r"""Sequential Monte Carlo from the prior (or a guide) to the target, on islands that share no particles.
+
+    Particles start at draws of the base law and go through :math:`p_\beta \propto p_0^{1 - \beta} p_1^\beta`. Each
+    inverse temperature is the largest at which the weights, of all islands, are worth ``target_ess`` of the
+    particles; these are then resampled and moved by a Markov kernel until they have left their copies. Modes found by
+    the base are kept with their weights, and the weights estimate log Z. Its standard error is what islands differ
+    by, known with ``num_islands - 1`` degrees of freedom; they have the temperatures in common and tune each other's
+    kernels. The estimate has a bias of the order of one over all particles.
+
+    Args:
+        target: a Pyro model, a distribution, or a :class:`LogDensity`.
+        kernel: what moves the particles: a class (``ChEES``) or a kernel made for this target;
+            :class:`HMC` by default. Step size and scales are set at each temperature, for each island
+            by the particles of the others: the kernel must not depend on what it moves.
+        num_particles: particles per island.
+        num_islands: populations of particles; a single one is tuned on itself.
+        guide: a law of the latent sites to start from instead of the prior.
+        base: a law of points in unconstrained space, event_shape (dim,); the standard normal for a
+            :class:`LogDensity` made from a function.
+        independent: name of a plate of the model whose elements are targets of their own, each with its
+            own temperatures and log Z.
+        vectorize: how the model is run on many particles; see :meth:`LogDensity.from_model`.
+        target_ess: share of the particles that weights must be worth, between 0 and 1.
+        num_moves: moves at each temperature; as many as it takes, at most ``max_moves``, when ``None``.
+        max_moves: at each temperature.
+        seed: a number for the same draws twice; ``None`` uses the global generator.
+        generator: a source of randomness instead of a seed.
+        compile: hand the captured graph to ``torch.compile``.
+        disable_progbar: show no progress bar.
+        strict: raise instead of warn when the draws cannot be trusted.
+
+    Raises:
+        TypeError: a kernel that is not one of ours.
+        ValueError: impossible counts, a kernel of another target, a base of the wrong shape.
+
+    Reference:
+        Del Moral, Doucet, Jasra (2006), Sequential Monte Carlo samplers; Zhou, Johansen, Aston (2016),
+        Toward automatic model comparison (adaptive temperatures).
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_ebm import LinearEnergy, tilt
+        >>> from pyro_ebm.inference.annealing.smc import SMC
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> tilted = tilt(model, {"z": LinearEnergy([2.0, 0.0])})  # N((2, 0), I), log Z = 2
+        >>> draws = SMC(tilted, num_particles=256, num_islands=4, seed=0, disable_progbar=True).run()
+        >>> draws.values["z"].shape, round(float(draws.log_z.value))
+        (torch.Size([4, 256, 2]), 2)
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        kernel: Kernel | type[Kernel] | None = None,
+        *,
+        num_particles: int = 1024,
+        num_islands: int = 8,
+        guide: Callable[..., Any] | None = None,
+        base: Distribution | None = None,
+        independent: str | None = None,
+        vectorize: str = "plate",
+        target_ess: float = 0.8,
+        num_moves: int | None = None,
+        max_moves: int = 10,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        compile: bool = False,
+        disable_progbar: bool = False,
+        strict: bool = False,
+    ) -> None:
+        if num_particles < 2 or num_islands < 1:
+            raise ValueError(
+                f"num_particles must be at least 2 and num_islands at least 1, got {num_particles} and {num_islands}"
+            )
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator both given: one source of randomness, please")
+        self.kernel = kernel_for(target, kernel, independent=independent, vectorize=vectorize)
+        self.annealing = Annealing(target_ess, num_moves, max_moves)
+        self.num_particles, self.num_islands, self.guide, self.base = num_particles, num_islands, guide, base
+        self.seed, self.generator, self.compile = seed, generator, compile
+        self.disable_progbar, self.strict = disable_progbar, strict
+
+    def run(self, *args: Any, **kwargs: Any) -> Draws:
+        """Carry the particles from the base to the target.
+
+        Args:
+            *args: arguments of the model.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            Values (island, particle, *site_shape); ``log_weights``: of an island its estimate of Z, shared by its
+            particles (all equal with ``independent=``); ``log_z`` of the unnormalized target as
+            :func:`importance` reports it, ``se`` NaN for a single island; stats ``lp`` and ``acceptance_rate`` of
+            the last move. ``notes``: ``temperatures`` (a list of inverse temperatures; one for each datum),
+            ``acceptance_per_temperature``, ``ess_per_temperature`` (share of the particles),
+            ``moves_per_temperature``.
+
+        Raises:
+            InferenceError: the target is zero at all particles of an island, or infinite at some.
+            KeyboardInterrupt: before the target is reached there are no draws of it to return.
+
+        Warns:
+            InferenceWarning: when islands disagree or particles hardly moved.
+        """
+        began = time.perf_counter()
+        path = path_to(self.kernel, args, kwargs, guide=self.guide, base=self.base)
+        seed = random_seed(self.seed, self.generator)
+        base_seed, generator = streams(seed, self.generator, path.target.like.device)
+        with path.quiet(), tqdm(desc="smc", disable=self.disable_progbar, unit=" temperatures") as bar:
+            points = path.start(self.num_particles, self.num_islands, seed=base_seed, compile=self.compile)
+            population = anneal(path, self.kernel, points, self.annealing, generator=generator, bar=bar)
+            draws = _as_draws(path, population)
+        seconds = time.perf_counter() - began
+        draws = replace(draws, seconds=seconds, sampling_seconds=seconds)
+        _report(draws, population, self.kernel, strict=self.strict)
+        return draws
+
+
+def _as_draws(path: Path, population: Population) -> Draws:
+    target, points = path.target.target, population.points
+    log_z, batch = population.log_z, path.target.batch
+    num, islands = points.log_target.shape[:2]
+    # Data share the weights of a draw, but each has a log Z of its own: then all draws weigh the same.
+    of_island = log_z.log_softmax(0) if not batch else log_z.new_full((islands,), -math.log(islands))
+    value, se = importance_estimate(log_z) if islands > 1 else (log_z[0], torch.full_like(log_z[0], torch.nan))
+    estimate = Estimate(value.to(points.u), se.to(points.u)) if batch else Estimate(float(value), float(se))  # type: ignore[arg-type]
+    return Draws(
+        values=path.target.constrain(points.u.transpose(0, 1).contiguous()),
+        method="smc",
+        stats={
+            "lp": points.log_target.transpose(0, 1).contiguous(),
+            "acceptance_rate": population.info.acceptance_rate.transpose(0, 1).contiguous(),  # type: ignore[union-attr]
+        },
+        log_weights=(of_island - math.log(num))[:, None].expand(islands, num).to(points.u.dtype).contiguous(),
+        log_z=estimate,
+        observed={} if target is None else target.observed,
+        num_gradients=path.num_gradients,
+        notes=_notes(path, population),
+    )
+
+
+def _notes(path: Path, population: Population) -> dict[str, Any]:
+    ladder = population.ladder
+    betas = torch.stack([rung.beta[0].reshape(-1) for rung in ladder], 1)
+    ladders = [[0.0, *row[: int((row < 1).sum()) + 1].tolist()] for row in betas]
+    return {
+        "graph": path.graph,
+        **({} if path.graph_problem is None else {"graph_problem": path.graph_problem}),
+        "temperatures": ladders if path.target.batch else ladders[0],
+        "acceptance_per_temperature": [rung.acceptance for rung in ladder],
+        "ess_per_temperature": [float(rung.ess.mean()) for rung in ladder],
+        "moves_per_temperature": [rung.moves for rung in ladder],
+        "log_z_of_islands": population.log_z.tolist(),
+    }
+
+
+def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: bool) -> None:
+    """Warn (raise with ``strict``) where particles hardly moved or islands disagree."""
+    problems = []
+    if isinstance(kernel, ULA):
+        problems.append("ULA does not leave the laws on the way invariant, so draws and log Z are biased: use MALA")
+    if population.ladder[-1].acceptance < _MIN_ACCEPTANCE:
+        problems.append(
+            f"particles hardly moved at the target (acceptance {population.ladder[-1].acceptance:.3f}): they are "
+            f"copies; give more num_moves, or a smaller step_size with adapt_step_size=False"
+        )
+    if draws.num_chains > 1 and draws.num_draws >= _ENOUGH:
+        worst = max(worst_r_hat(value) for value in draws.values.values())
+        if worst > _MAX_R_HAT:
+            problems.append(
+                f"islands disagree (R-hat {worst:.2f} > {_MAX_R_HAT}): more num_particles, a guide that knows all "
+                f"modes, or more temperatures (target_ess nearer to 1)"
+            )
+        error = float(torch.as_tensor(draws.log_z.se).max())  # type: ignore[union-attr]
+        if not error < _MAX_SE:
+            problems.append(f"log Z is uncertain by {error:.2f} (> {_MAX_SE}): more num_particles")
+    if problems and strict:
+        raise InferenceError("smc: " + "; ".join(problems))
+    if problems:
+        warn_user("smc: " + "; ".join(problems))

@@ -1,0 +1,1 @@
+"""Markov chains from start to draws: ours, and Pyro's own."""

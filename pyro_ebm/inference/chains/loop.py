@@ -1,0 +1,220 @@
+"""Many chains under way: warm-up, draws in pieces, and what is kept of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ebm.arviz_statistics import r_hat
+from pyro_ebm.inference.density.capture import captured
+from pyro_ebm.inference.density.log_density import LogDensity
+from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.kernels.adaptation import Adaptation, Rescue, find_step_size, initial_tuning
+from pyro_ebm.inference.kernels.kernel import Info, Kernel, State
+from pyro_ebm.modules import frozen
+
+__all__ = ["Chains", "Record"]
+
+_BLOCK = 64  # draws are moved to constrained space this many at a time, so that memory follows what is kept
+_R_HAT_EVERY = 3.0  # seconds
+_SHOWN_CHAINS, _SHOWN_DIMS = 16, 8
+
+
+@dataclass
+class Record:
+    """What was kept of some steps, draw by draw."""
+
+    u: list[Tensor] = field(default_factory=list)
+    log_prob: list[Tensor] = field(default_factory=list)
+    infos: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # acceptance, diverging, energy
+    settings: list[tuple[int, Tensor]] = field(default_factory=list)  # steps, step size
+
+    def add(self, state: State, info: Info) -> None:
+        self.u.append(state.u)
+        self.log_prob.append(state.log_prob)
+        self.infos.append((info.acceptance_rate, info.diverging, info.energy))
+        self.settings.append((info.n_steps, state.tuning.step_size))
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+    def values(self, density: LogDensity) -> dict[str, Tensor]:
+        """Constrained values by site, (chain, draw, *site_shape)."""
+        blocks = [
+            density.constrain(torch.stack(self.u[start : min(start + _BLOCK, len(self))], 1))
+            for start in range(0, len(self), _BLOCK)
+        ]
+        return {site: torch.cat([block[site] for block in blocks], 1) for site in blocks[0]}
+
+    def stats(self) -> dict[str, Tensor]:
+        """Statistics (chain, draw), or (chain, draw, n) for n independent targets."""
+        kept = len(self)  # an interrupt may have come in the middle of add()
+        log_prob = torch.stack(self.log_prob[:kept], 1)
+        acceptance, diverging, energy = (torch.stack(column, 1) for column in zip(*self.infos[:kept], strict=True))
+        # The same for all chains: views of one row.
+        steps = torch.tensor([steps for steps, _ in self.settings], device=log_prob.device)
+        sizes = torch.stack([size for _, size in self.settings])
+        return {
+            "lp": log_prob,
+            "acceptance_rate": acceptance,
+            "diverging": diverging,
+            "energy": energy,
+            "step_size": sizes.expand(log_prob.shape),
+            "n_steps": steps.expand(log_prob.shape[:2]),
+        }
+
+
+class Chains:
+    """Chains of one kernel on one density, which can be run on as long as one likes.
+
+    Args:
+        kernel: how they move.
+        density: their target.
+        u: where they start, (chains, *batch, dim).
+        generator: source of all randomness.
+        graph: ``"captured"``, ``"compiled"`` or ``"eager"``.
+        bar: shows the progress.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        density: LogDensity,
+        u: Tensor,
+        *,
+        generator: torch.Generator,
+        graph: str = "captured",
+        bar: tqdm | None = None,
+    ) -> None:
+        self.kernel, self.density, self.generator = kernel, density, generator
+        self.warmup, self.record = Record(), Record()
+        self.num_gradients = 0
+        self.sampling_seconds = 0.0
+        self.interrupted = False
+        self.rescued = 0
+        self._bar = bar or tqdm(disable=True)
+        self._divergences = 0.0
+        self._looked, self._r_hat = time.perf_counter(), math.nan
+        with self._quiet():
+            function: Callable[[Tensor], tuple[Tensor, ...]] = density.value_and_grad
+            self.graph, self.graph_problem = "eager", None
+            if graph != "eager":
+                function = recorded = captured(function, u, compile=graph == "compiled")
+                self.graph, self.graph_problem = recorded.kind, recorded.problem
+            self._value_and_grad = function
+            log_prob, grad = function(u)
+            self.state = State(u, log_prob, grad, initial_tuning(kernel, u))
+            self.num_gradients += len(u)
+            self._step = kernel.bind(function, generator)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """No gradients but the sampler's own, and no dropout."""
+        target = self.density.target
+        with torch.no_grad(), frozen(*([] if target is None else [target.model])):
+            yield
+
+    def warm_up(self, num_steps: int, *, keep: bool = False) -> None:
+        """Adapt the kernel for so many steps."""
+        with self._quiet():
+            if self.kernel.adapt_step_size and self.kernel.step_size is None:
+                step_size, tries = find_step_size(self.kernel, self.state, self._value_and_grad, self.generator)
+                self.num_gradients += tries * len(self.state.u)
+                self.state = self.state._replace(tuning=self.state.tuning._replace(step_size=step_size))
+            if not num_steps:
+                return
+            adaptation = Adaptation(self.kernel, self.state, num_steps)
+            rescue = Rescue(num_steps)
+            for _ in range(num_steps):
+                before = self.state
+                self.state, info = self._step(before)
+                self.state = self.state._replace(tuning=adaptation.update(before, info))
+                self.state = rescue.update(self.state, info, self.generator)
+                self._count(info, "warm-up")
+                if keep:
+                    self.warmup.add(self.state, info)
+            self.state = self.state._replace(tuning=adaptation.finish())
+        self.rescued = rescue.count
+        self._divergences = 0.0
+
+    def extend(self, num_draws: int, *, thin: int = 1) -> None:
+        """Make so many more draws per chain; stops early, and says so, when interrupted."""
+        start = time.perf_counter()
+        try:
+            with self._quiet():
+                for _ in range(num_draws):
+                    for _ in range(thin):
+                        self.state, info = self._step(self.state)
+                        self._count(info, "draws")
+                    self.record.add(self.state, info)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        self.sampling_seconds += time.perf_counter() - start
+
+    def _count(self, info: Info, phase: str) -> None:
+        self.num_gradients += info.n_steps * len(info.proposal)
+        if self._bar.disable:
+            return
+        self._divergences += float(info.diverging.sum())
+        now = time.perf_counter()
+        if phase == "draws" and now - self._looked > _R_HAT_EVERY:
+            self._r_hat = self._running_r_hat()
+            # Never more than a tenth of the time for looking.
+            self._looked = time.perf_counter() + 9 * (time.perf_counter() - now)
+        if self._bar.update():
+            self._bar.set_description(f"{self.kernel.name}, {phase}", refresh=False)
+            self._bar.set_postfix(self._shown(info), refresh=False)
+
+    def _shown(self, info: Info) -> dict[str, str]:
+        rate = self._bar.format_dict["rate"] or 0.0
+        shown = {
+            "draws/s": f"{rate * len(info.proposal):,.0f}",
+            "accept": f"{float(info.acceptance_rate.mean()):.2f}",
+            "divergences": f"{self._divergences:.0f}",
+        }
+        return shown if math.isnan(self._r_hat) else {**shown, "r_hat": f"{self._r_hat:.3f}"}
+
+    def _running_r_hat(self) -> float:
+        """Of some chains and coordinates: a look, not the final word."""
+        if len(self.record) < 8 or len(self.state.u) < 2:
+            return math.nan
+        every = max(1, len(self.record) // 200)
+        draws = torch.stack(self.record.u[::every], 1)[:_SHOWN_CHAINS].flatten(2)[..., :_SHOWN_DIMS]
+        found = torch.as_tensor(r_hat(draws))
+        return float(found[~found.isnan()].max()) if not bool(found.isnan().all()) else math.nan
+
+    @torch.no_grad()
+    def draws(self, *, seconds: float, notes: Mapping[str, Any]) -> Draws:
+        """Everything kept so far."""
+        target = self.density.target
+        tuning = self.state.tuning
+        warm = None
+        if len(self.warmup):
+            warm = Draws(self.warmup.values(self.density), self.kernel.name, self.warmup.stats())
+        return Draws(
+            values=self.record.values(self.density),
+            method=self.kernel.name,
+            stats=self.record.stats(),
+            warmup=warm,
+            observed={} if target is None else target.observed,
+            num_gradients=self.num_gradients,
+            seconds=seconds,
+            sampling_seconds=self.sampling_seconds,
+            notes={
+                "graph": self.graph,
+                **({} if self.graph_problem is None else {"graph_problem": self.graph_problem}),
+                "step_size": tuning.step_size.tolist(),
+                "trajectory_length": float(tuning.trajectory_length),
+                "interrupted": self.interrupted,
+                "rescued": self.rescued,
+                **notes,
+            },
+        )

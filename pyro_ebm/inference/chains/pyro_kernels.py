@@ -1,0 +1,324 @@
+"""Pyro's own NUTS and HMC kernels, run through ``pyro.infer.MCMC``, with what they know put on record."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import HMC, MCMC, NUTS
+from pyro.infer.mcmc.util import initialize_model
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ebm.devices import one_thread
+from pyro_ebm.inference.chains.report import report_chains
+from pyro_ebm.inference.chains.starting_points import StartingPoints
+from pyro_ebm.inference.draws import Draws
+from pyro_ebm.modules import frozen
+from pyro_ebm.randomness import random_stream
+from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace
+from pyro_ebm.tilts.tilt import TiltedModel
+
+__all__ = ["pyro_hmc", "pyro_nuts"]
+
+
+def pyro_nuts(
+    model: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 1000,
+    warmup_steps: int = 500,
+    num_chains: int = 4,
+    init: str | Mapping[str, Tensor] = "importance",
+    guide: Callable[..., Any] | None = None,
+    target_accept_prob: float = 0.8,
+    max_tree_depth: int = 10,
+    seed: int | None = None,
+    keep_warmup: bool = False,
+    jit_compile: bool = False,
+    progress: bool = True,
+    strict: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Draws:
+    """The no-U-turn sampler of Pyro; chains run one after another in this process.
+
+    A tilted model enters without its log Z, a constant. Ctrl-C returns the draws so far.
+
+    Args:
+        model: a Pyro model; discrete latent sites are summed out as Pyro does.
+        *args: its arguments.
+        num_samples: draws per chain.
+        warmup_steps: adaptation steps per chain.
+        num_chains: chains.
+        init: ``"importance"``: each chain starts at a point resampled from an importance sampler (falls back
+            to ``"uniform"`` where that cannot run), which lets chains agree on targets of several
+            modes; ``"uniform"``: Pyro's default; or constrained values, site -> (num_chains, *shape).
+        guide: proposal for ``init="importance"``; the prior when ``None``.
+        target_accept_prob: of the step-size adaptation.
+        max_tree_depth: at most ``2 ** max_tree_depth - 1`` leapfrog steps a draw.
+        seed: a number for the same draws twice; ``None`` uses the global generator.
+        keep_warmup: keep warm-up draws in ``draws.warmup``.
+        jit_compile: let Pyro trace the potential with ``torch.jit``.
+        progress: show a progress bar.
+        strict: raise instead of warn when the draws cannot be trusted.
+        model_kwargs: keyword arguments of the model.
+
+    Returns:
+        Draws with stats ``lp``, ``diverging``, ``acceptance_rate``, ``step_size``, ``n_steps``, ``tree_depth``.
+
+    Raises:
+        ValueError: impossible counts, an unknown ``init``, initial values of the wrong shape.
+        InferenceError: with ``strict``, where an :class:`InferenceWarning` would be given.
+
+    Reference:
+        Hoffman and Gelman (2014), The No-U-Turn Sampler.
+    """
+
+    def kernel(potential: Callable[..., Any]) -> NUTS:
+        return NUTS(
+            potential_fn=potential, target_accept_prob=target_accept_prob, max_tree_depth=max_tree_depth
+        )
+
+    run = _Run("nuts", kernel, num_samples, warmup_steps, num_chains, seed, keep_warmup, progress, strict)
+    return run(model, args, dict(model_kwargs or {}), init=init, guide=guide, jit_compile=jit_compile)
+
+
+def pyro_hmc(
+    model: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 1000,
+    warmup_steps: int = 500,
+    num_chains: int = 4,
+    init: str | Mapping[str, Tensor] = "importance",
+    guide: Callable[..., Any] | None = None,
+    target_accept_prob: float = 0.9,
+    trajectory_length: float = 2.0,
+    seed: int | None = None,
+    keep_warmup: bool = False,
+    jit_compile: bool = False,
+    progress: bool = True,
+    strict: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Draws:
+    """Hamiltonian Monte Carlo of Pyro, with trajectories of fixed length.
+
+    The arguments are those of :func:`pyro_nuts`, with ``trajectory_length`` in place of ``max_tree_depth``: step size
+    times number of steps, in units of the posterior's scale (after ``pi / 2`` the draws of a Gaussian are
+    independent). Pyro rounds the number of steps down, so that a large adapted step means a shorter trajectory:
+    hence the higher default of ``target_accept_prob``.
+
+    Returns:
+        Draws with stats ``lp``, ``diverging``, ``acceptance_rate``, ``step_size``, ``n_steps``.
+
+    Reference:
+        Neal (2011), MCMC using Hamiltonian dynamics.
+    """
+
+    def kernel(potential: Callable[..., Any]) -> HMC:
+        return HMC(
+            potential_fn=potential, target_accept_prob=target_accept_prob, trajectory_length=trajectory_length
+        )
+
+    run = _Run("hmc", kernel, num_samples, warmup_steps, num_chains, seed, keep_warmup, progress, strict)
+    return run(model, args, dict(model_kwargs or {}), init=init, guide=guide, jit_compile=jit_compile)
+
+
+class _CountedPotential:
+    """A potential that counts how often it is evaluated; each evaluation is one gradient."""
+
+    def __init__(self, potential: Callable[..., Tensor]) -> None:
+        self.potential = potential
+        self.count = 0
+
+    def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
+        self.count += 1
+        return self.potential(params)
+
+
+@dataclass
+class _Chain:
+    """What the hook sees of one chain, step by step."""
+
+    potential: _CountedPotential
+    bar: tqdm
+    params: list[dict[str, Tensor]] = field(default_factory=list)
+    stats: list[dict[str, float]] = field(default_factory=list)
+    warmup: int = 0
+    divergences: int = 0
+    started: float = 0.0
+    ended: float = 0.0
+    _mean_accept: float = 0.0
+    _count: int = 0
+
+    def watch(self, kernel: Any) -> Any:
+        """Leave what the set-up of a kernel costs out of the steps of its first draw."""
+        setup = kernel.setup
+
+        def counted_setup(*args: Any, **kwargs: Any) -> None:
+            setup(*args, **kwargs)
+            self._count = self.potential.count
+
+        kernel.setup = counted_setup
+        return kernel
+
+    def hook(self, kernel: Any, params: Mapping[str, Tensor], stage: str, index: int) -> None:
+        if stage.startswith("Warmup"):
+            self.warmup += 1
+        elif index == 0:
+            self._mean_accept, self.started = 0.0, time.perf_counter()
+        mean = float(kernel._mean_accept_prob)  # running mean of the phase; Pyro keeps no per-draw value
+        accept = mean + index * (mean - self._mean_accept)
+        steps = self.potential.count - self._count
+        self.stats.append(
+            {
+                "lp": -float(kernel._potential_energy_last),
+                "acceptance_rate": min(max(accept, 0.0), 1.0),
+                "step_size": float(kernel.step_size),
+                "n_steps": steps,
+                "diverging": float(len(kernel._divergences) > self.divergences),
+            }
+        )
+        self.params.append({name: value.detach().clone() for name, value in params.items()})
+        self._mean_accept, self._count, self.divergences = mean, self.potential.count, len(kernel._divergences)
+        self.ended = time.perf_counter()
+        self.bar.update()
+        if index % 20 == 0:
+            self.bar.set_postfix(accept=f"{mean:.2f}", divergences=self.divergences, refresh=False)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of a stock kernel, chain after chain."""
+
+    method: str
+    kernel: Callable[[Callable[..., Any]], Any]
+    num_samples: int
+    warmup_steps: int
+    num_chains: int
+    seed: int | None
+    keep_warmup: bool
+    progress: bool
+    strict: bool
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("warmup_steps", 0), ("num_chains", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        init: str | Mapping[str, Tensor],
+        guide: Callable[..., Any] | None,
+        jit_compile: bool,
+    ) -> Draws:
+        start = time.perf_counter()
+        model = model.unnormalized() if isinstance(model, TiltedModel) else model
+        with random_stream(self.seed), frozen(model), warnings.catch_warnings():
+            # Pyro compiles through torch.jit, whose deprecation its users can do nothing about.
+            warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+            # Validates the user's model, once and without its tilt; Pyro's own runs do not.
+            trace = prototype_trace(model.base_model if isinstance(model, TiltedModel) else model, args, kwargs)
+            with pyro.validation_enabled(False):
+                _, potential, transforms, _ = initialize_model(
+                    model, args, kwargs, jit_compile=jit_compile, skip_jit_warnings=True, initial_params={}
+                )
+            if not transforms:
+                raise ValueError("the model has no continuous latent sites: nothing for this sampler to move")
+            counted = _CountedPotential(potential)
+            shapes = {name: site["value"].shape for name, site in latent_sites(trace).items()}
+            starts = StartingPoints(model, args, kwargs, counted, transforms, shapes, self.num_chains)
+            initial, rule = starts.find(init, guide)
+            with one_thread():
+                chains, interrupted = self._chains(counted, initial, transforms)
+        notes = {"init": rule, "interrupted": interrupted}
+        seconds = time.perf_counter() - start
+        draws = self._collect(chains, transforms, seconds, observed_sites(trace), notes)
+        report_chains(draws, strict=self.strict, interrupted=interrupted)
+        return draws
+
+    def _chains(
+        self, potential: _CountedPotential, initial: dict[str, Tensor], transforms: Mapping[str, Any]
+    ) -> tuple[list[_Chain], bool]:
+        chains: list[_Chain] = []
+        total = self.num_chains * (self.num_samples + self.warmup_steps)
+        with tqdm(total=total, desc=self.method, disable=not self.progress, mininterval=0.5) as bar:
+            for index in range(self.num_chains):
+                chains.append(_Chain(potential, bar))
+                mcmc = MCMC(
+                    chains[-1].watch(self.kernel(potential)),
+                    num_samples=self.num_samples,
+                    warmup_steps=self.warmup_steps,
+                    initial_params={name: value[index].clone() for name, value in initial.items()},
+                    transforms=transforms,
+                    hook_fn=chains[-1].hook,
+                    disable_progbar=True,
+                )
+                try:
+                    mcmc.run()
+                except KeyboardInterrupt:
+                    return _usable(chains), True
+        return chains, False
+
+    def _collect(
+        self,
+        chains: list[_Chain],
+        transforms: Mapping[str, Any],
+        seconds: float,
+        observed: Mapping[str, Tensor],
+        notes: Mapping[str, Any],
+    ) -> Draws:
+        warm = max(chain.warmup for chain in chains)
+        length = min(len(chain.params) - chain.warmup for chain in chains)
+        values, stats = _stack(chains, transforms, slice(warm, warm + length))
+        if self.method == "nuts":
+            stats["tree_depth"] = (stats["n_steps"] + 1).log2().ceil().long()
+        warmup = None
+        if self.keep_warmup and warm:
+            warm_values, warm_stats = _stack(chains, transforms, slice(0, warm))
+            warmup = Draws(values=warm_values, method=self.method, stats=warm_stats)
+        sampling = sum(chain.ended - chain.started for chain in chains)
+        return Draws(
+            values=values,
+            method=self.method,
+            stats=stats,
+            warmup=warmup,
+            observed=observed,
+            num_gradients=chains[0].potential.count,
+            seconds=seconds,
+            sampling_seconds=sampling,
+            notes={"num_samples": self.num_samples, "warmup_steps": self.warmup_steps, **notes},
+        )
+
+
+def _stack(
+    chains: list[_Chain], transforms: Mapping[str, Any], part: slice
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Constrained values and stats of one phase, each (chain, draw, ...)."""
+    values = {}
+    for name, transform in transforms.items():
+        rows = [torch.stack([step[name] for step in chain.params[part]]) for chain in chains]
+        values[name] = transform.inv(torch.stack(rows)).detach()
+    stats = {
+        name: torch.tensor([[step[name] for step in chain.stats[part]] for chain in chains])
+        for name in ("lp", "acceptance_rate", "step_size", "n_steps", "diverging")
+    }
+    stats["diverging"] = stats["diverging"].bool()
+    return values, stats
+
+
+def _usable(chains: list[_Chain]) -> list[_Chain]:
+    """After an interruption: the finished chains, or the first one as far as it came."""
+    if len(chains) > 1:
+        return chains[:-1]
+    if len(chains[0].params) <= chains[0].warmup:
+        raise KeyboardInterrupt("interrupted during the warm-up of the first chain: there are no draws yet")
+    return chains

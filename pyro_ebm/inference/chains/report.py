@@ -1,0 +1,78 @@
+"""What is wrong with the draws of Markov chains, in one warning that names cause and remedy."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from pyro_ebm.arviz_statistics import r_hat
+from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.inference.draws import Draws
+
+__all__ = ["listed", "report_chains", "worst_r_hat"]
+
+_MAX_R_HAT = 1.05
+_STUCK = 1e-3
+
+
+def report_chains(draws: Draws, *, strict: bool, interrupted: bool, max_divergences: float = 0.0) -> None:
+    """Warn (raise with ``strict``) where chains diverged, never moved, disagree, or hold values that are not finite.
+
+    Args:
+        draws: of Markov chains.
+        strict: raise instead of warn.
+        interrupted: whether the user stopped them.
+        max_divergences: share of diverged transitions that is let pass.
+    """
+    problems = []
+    diverging = draws.stats["diverging"]
+    divergences = int(diverging.sum())
+    if divergences > max_divergences * diverging.numel():
+        problems.append(
+            f"{divergences} of {diverging.numel()} transitions diverged: raise target_accept_prob "
+            f"towards 0.95 or reparametrize the model"
+        )
+    stuck = _stuck(draws)
+    if stuck:
+        problems.append(
+            f"chain(s) {stuck} accepted nothing: the step size is too large for where they are, or the density "
+            f"is not smooth there; give more warmup_steps, a smaller step_size, or other starting points"
+        )
+    broken = sorted(name for name, value in draws.values.items() if not bool(value.isfinite().all()))
+    if broken:
+        problems.append(f"draws of {broken} are not finite: the density is improper (an energy unbounded below?)")
+    elif draws.num_chains > 1 and draws.num_draws >= 4:
+        worst = max(worst_r_hat(value) for value in draws.values.values())
+        if worst > _MAX_R_HAT:
+            problems.append(
+                f"chains disagree (R-hat {worst:.2f} > {_MAX_R_HAT}): run longer, start them from a good guide "
+                f'(init="importance", guide=...), or, where modes lie apart, use method="smc"'
+            )
+    if problems and strict:
+        raise InferenceError(f"{draws.method}: " + "; ".join(problems))
+    if interrupted:
+        problems.insert(0, f"interrupted: kept {draws.num_chains} chain(s) of {draws.num_draws} draws")
+    if problems:
+        warn_user(f"{draws.method}: " + "; ".join(problems))
+
+
+def _stuck(draws: Draws) -> str:
+    """Chains that never moved, and of which data, as text."""
+    if draws.num_draws < 10:
+        return ""
+    rates = draws.stats["acceptance_rate"].mean(1)
+    stuck = (rates < _STUCK).reshape(draws.num_chains, -1)
+    data = f" of data {listed(stuck.any(0))}" if rates.ndim > 1 and bool(stuck.any()) else ""
+    return listed(stuck.any(1)) + data
+
+
+def listed(flags: Tensor) -> str:
+    """The positions of the true ones, (n,), as text: the first ten, and how many there are."""
+    found = flags.nonzero().flatten().tolist()
+    return ", ".join(map(str, found[:10])) + (f", ... ({len(found)} in all)" if len(found) > 10 else "")
+
+
+def worst_r_hat(value: Tensor) -> float:
+    """The largest R-hat of (chain, draw, ...); entries that are the same in every draw have none."""
+    return max((float(x) for x in r_hat(value).ravel() if not math.isnan(x)), default=0.0)

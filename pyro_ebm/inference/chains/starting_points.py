@@ -1,0 +1,103 @@
+"""Where Markov chains start: at resampled importance draws, at Pyro's uniform ones, or where the user says."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.mcmc.util import initialize_model
+from pyro.ops.integrator import potential_grad
+from torch import Tensor
+
+from pyro_ebm.errors import InferenceWarning
+from pyro_ebm.inference.importance import DoesNotBroadcast, importance
+
+__all__ = ["INITS", "StartingPoints"]
+
+INITS = ("importance", "uniform")
+_POOL = 2000
+
+
+@dataclass(frozen=True)
+class StartingPoints:
+    """Finds one starting point a chain.
+
+    Args:
+        model: the target.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        potential: minus its log density, a function of unconstrained values by site.
+        transforms: site -> transform to unconstrained space, for each site that moves.
+        shapes: site -> shape of its value.
+        num_chains: how many points.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    potential: Callable[..., Tensor]
+    transforms: Mapping[str, Any]
+    shapes: Mapping[str, torch.Size]
+    num_chains: int
+
+    def find(self, init: str | Mapping[str, Tensor], guide: Callable[..., Any] | None) -> tuple[dict[str, Tensor], str]:
+        """Unconstrained points, site -> (num_chains, *shape), and the name of the rule that gave them."""
+        if not isinstance(init, str):
+            return self._given(init), "given"
+        if init not in INITS:
+            raise ValueError(f"init must be one of {INITS} or a mapping of values, got {init!r}")
+        points = self._resampled(guide) if init == "importance" else None
+        if points is None or self._first_bad(points) is not None:
+            return self._uniform(), "uniform"
+        return points, "importance"
+
+    def _given(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name in self.transforms:
+            expected = (self.num_chains, *self.shapes[name])
+            got = tuple(values[name].shape) if name in values else "nothing"
+            if got != expected:
+                raise ValueError(f"init[{name!r}] must have shape {expected}, one row a chain, got {got}")
+        points = self._unconstrained(values)
+        bad = self._first_bad(points)
+        if bad is not None:
+            raise ValueError(
+                f"init: the density at the values for chain {bad} is zero or not finite; "
+                f"give values inside the support of every site"
+            )
+        return points
+
+    def _resampled(self, guide: Callable[..., Any] | None) -> dict[str, Tensor] | None:
+        """Importance draws; None where there is no guide and the model's own prior cannot serve as one."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InferenceWarning)  # only starting points: chains do the rest
+            try:
+                pool = importance(self.model, guide, *self.args, num_samples=_POOL, **self.kwargs)
+                values = pool.resample(self.num_chains)
+            except DoesNotBroadcast:
+                return None
+            except (RuntimeError, ValueError, IndexError, TypeError):
+                if guide is not None:
+                    raise
+                return None  # a model that cannot be vectorized, or whose prior never meets the target
+        return self._unconstrained(values) if all(name in values for name in self.transforms) else None
+
+    def _unconstrained(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: transform(values[name]).detach() for name, transform in self.transforms.items()}
+
+    def _first_bad(self, points: Mapping[str, Tensor]) -> int | None:
+        """The first chain that would start where the density is zero or not finite."""
+        with pyro.validation_enabled(False):
+            for index in range(self.num_chains):
+                start = {name: value[index].clone() for name, value in points.items()}
+                if not bool(potential_grad(self.potential, start)[1].isfinite()):
+                    return index
+        return None
+
+    def _uniform(self) -> dict[str, Tensor]:
+        with pyro.validation_enabled(False):
+            sets = [initialize_model(self.model, self.args, self.kwargs)[0] for _ in range(self.num_chains)]
+        return {name: torch.stack([params[name] for params in sets]) for name in sets[0]}

@@ -1,0 +1,88 @@
+"""The modules behind a callable: which they are, in which mode they run, how SVI learns of them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import nn
+
+__all__ = ["evaluation_mode", "frozen", "modules_of", "register_for_svi"]
+
+_instance_numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_counter = itertools.count()
+
+
+def modules_of(*callables: Any) -> list[nn.Module]:
+    """The outermost modules behind models and guides, each once.
+
+    Looks through bound methods (``vae.model``), ``functools.partial`` (its arguments too) and decorated
+    functions. What a plain function reaches by a closure or a global name cannot be seen.
+    """
+    found: list[nn.Module] = []
+    for item in callables:
+        if isinstance(item, nn.Module):
+            candidates = [item]
+        elif isinstance(item, functools.partial):  # also what most Pyro handlers used as decorators return
+            candidates = modules_of(item.func, *item.args, *item.keywords.values())
+        elif isinstance(getattr(item, "__self__", None), nn.Module):
+            candidates = [item.__self__]
+        elif hasattr(item, "fn"):  # what poutine.trace(model) returns
+            candidates = modules_of(item.fn)
+        elif hasattr(item, "__wrapped__"):
+            candidates = modules_of(item.__wrapped__)
+        else:
+            candidates = []
+        found += [module for module in candidates if not any(module is seen for seen in found)]
+    return found
+
+
+def register_for_svi(module: nn.Module, prefix: str) -> None:
+    """Tell ``pyro.infer.SVI`` about a module's parameters, under a name no other instance has.
+
+    Does nothing unless something is collecting parameters just now, so that sampling, ``fit`` and
+    plain calls leave Pyro's global parameter store alone. Frozen parameters stay out of it.
+    """
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return
+    if any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
+        number = _instance_numbers.setdefault(module, next(_counter))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*because requires_grad=False")
+            pyro.module(f"{prefix}_{number}", module)
+
+
+@contextmanager
+def evaluation_mode(*callables: Callable[..., Any]) -> Iterator[None]:
+    """Put the modules behind the callables into ``eval`` mode, and each back into its own mode after."""
+    submodules = [sub for module in modules_of(*callables) for sub in module.modules()]
+    modes = [(sub, sub.training) for sub in submodules]
+    try:
+        for sub in submodules:
+            sub.training = False
+        yield
+    finally:
+        for sub, mode in modes:
+            sub.training = mode
+
+
+@contextmanager
+def frozen(*callables: Callable[..., Any]) -> Iterator[None]:
+    """``evaluation_mode``, and no parameter behind the callables asks for gradients (each restored after)."""
+    parameters = [p for module in modules_of(*callables) for p in module.parameters() if p.requires_grad]
+    with evaluation_mode(*callables):
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)

@@ -1,0 +1,63 @@
+"""Randomness that belongs to the call: forked generators, seeds, streams, and fingerprints of values as seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+__all__ = ["fingerprint", "forked_rng", "random_seed", "random_stream", "streams"]
+
+
+def fingerprint(tensors: Iterable[torch.Tensor], *salt: object) -> int:
+    """A 63-bit number that is the same for the same values and, in practice, differs otherwise."""
+    digest = hashlib.blake2b(repr(salt).encode(), digest_size=8)
+    summaries = [part for tensor in tensors if tensor.numel() for part in _summary(tensor.detach())]
+    if summaries:
+        digest.update(torch.stack([part.cpu().double() for part in summaries]).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def _summary(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    flat = tensor.flatten() if tensor.device.type == "mps" else tensor.flatten().double()
+    # The second sum depends on the order of the values too: data in another order are other data.
+    places = torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device).sqrt()
+    return flat.norm(), flat @ places
+
+
+@contextmanager
+def forked_rng(seed: int | None) -> Iterator[None]:
+    """Draw from a stream of its own: the global torch generators are afterwards as they were before.
+
+    ``seed=None`` continues from the global state of the moment (and still restores it).
+    """
+    on_gpu = torch.cuda.is_initialized()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else []):
+        if seed is not None:
+            # Not torch.manual_seed: before CUDA is initialized it leaves a seed there that outlives the fork.
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed_all(seed)
+        yield
+
+
+def random_stream(seed: int | None) -> AbstractContextManager[None]:
+    """``None``: the global generator, which advances; a number: a stream of its own that starts there."""
+    return nullcontext() if seed is None else forked_rng(seed)
+
+
+def random_seed(seed: int | None, generator: torch.Generator | None) -> int:
+    """The seed; or one drawn from the generator, or from torch's global one."""
+    if seed is not None:
+        return seed
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+def streams(seed: int, generator: torch.Generator | None, device: torch.device) -> tuple[int, torch.Generator]:
+    """A seed for the draws of the base, and a generator for everything after: streams that share no numbers."""
+    if generator is None or generator.device != device:
+        generator = torch.Generator(device).manual_seed(fingerprint((), "moves", seed))
+    return fingerprint((), "base", seed), generator

@@ -1,0 +1,343 @@
+r"""Estimates of ``log Z = log E_{p(v)}[exp(-E(v))]`` from draws of the untilted distribution.
+
+The draws belong to a random stream of their own, whose seed is a function of the weights: new weights,
+new draws; the same weights, the same number. So a training step sees fresh draws, a sampler that
+moves only ``v`` sees a constant, a run can be resumed exactly, and the global generator is never touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution, Independent, TransformedDistribution
+
+from pyro_ebm.arviz_statistics import psis
+from pyro_ebm.energies import Energy, FunctionEnergy, as_energy
+from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.estimates import Estimate, importance_estimate, log_mean_exp
+from pyro_ebm.randomness import fingerprint, forked_rng
+from pyro_ebm.structure import unmasked
+
+__all__ = [
+    "METHODS",
+    "Normalizer",
+    "base_parameters",
+    "checked_energy",
+    "energy_state",
+    "enumerated",
+    "is_exchangeable",
+    "log_z_through",
+    "reported_log_mean_exp",
+    "sampled_log_normalizer",
+    "score_term",
+    "site_log_normalizer",
+    "site_log_weights",
+    "warn_if_unreliable",
+    "weights_reported_to",
+]
+
+METHODS = ("importance", "qmc")
+_QMC_REPLICATES = 32
+_REMEDY = (
+    "bound the energy below (a smaller or regularized energy, a quadratic term `+ QuadraticEnergy(c)`), "
+    "or draw more samples"
+)
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """How a tilt estimates its own ``log Z``.
+
+    Args:
+        method: ``"importance"`` (independent draws of the base) or ``"qmc"`` (scrambled Sobol points
+            through the base's inverse cdf: far less noise in low dimensions).
+        num_samples: draws of the base per model call.
+        seed: selects the random stream.
+    """
+
+    method: str = "importance"
+    num_samples: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+        if self.num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2, got {self.num_samples}")
+
+
+def checked_energy(energy: Energy, value: Tensor, event_dim: int, name: str) -> Tensor:
+    """``energy(value)``, or a ValueError when its shape is not that of the batch."""
+    result = energy(value)
+    batch = value.shape[: value.ndim - event_dim]
+    if not isinstance(result, Tensor) or result.shape != batch:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(
+            f"the energy of {name} must return one number per batch element, shape {tuple(batch)} for a "
+            f"value of shape {tuple(value.shape)} with event_dim {event_dim}, got {got}; "
+            f"sum over the rightmost {event_dim} dimension(s) only"
+        )
+    return result
+
+
+def _leaf(base: Distribution) -> tuple[Distribution, int]:
+    """The distribution inside wrappers, and how many of its rightmost batch dims are event dims."""
+    extra = 0
+    while isinstance(base, Independent | ExpandedDistribution | MaskedDistribution):
+        extra += getattr(base, "reinterpreted_batch_ndims", 0)
+        base = base.base_dist
+    return base, extra
+
+
+def base_parameters(base: Distribution) -> list[tuple[Tensor, int]] | None:
+    """Parameter tensors with the number of their rightmost dims that are not batch; None if unknown."""
+    leaf, extra = _leaf(base)
+    if hasattr(leaf, "base_dist") and not isinstance(leaf, TransformedDistribution):
+        return None  # a zero-inflated or skewed base, say: arg_constraints do not list the inner parameters
+    found = []
+    try:
+        for name, constraint in leaf.arg_constraints.items():
+            # Properties stand for parameters stored elsewhere (LogNormal, Beta); lazy ones are derived.
+            if name in leaf.__dict__ or isinstance(getattr(type(leaf), name, None), property):
+                value = getattr(leaf, name)
+                found += [(value, constraint.event_dim + extra)] if isinstance(value, Tensor) else []
+    except NotImplementedError:  # a distribution that does not say what its parameters are
+        return None
+    return found or None
+
+
+def energy_state(energy: Energy) -> list[Tensor] | None:
+    """All tensors that determine the energy; None where a plain function may depend on others."""
+    for module in energy.modules():
+        if isinstance(module, FunctionEnergy) and not isinstance(module.function, torch.nn.Module):
+            if not module.owners:
+                return None
+    return [*energy.parameters(), *energy.buffers()]
+
+
+def is_exchangeable(base: Distribution) -> bool:
+    """Whether all batch elements of the base are known to have the same law."""
+    if math.prod(base.batch_shape) == 1:
+        return True
+    parameters = base_parameters(base)
+    if parameters is None:
+        return False
+    for tensor, inner in parameters:
+        for dim in range(tensor.ndim - inner):
+            if tensor.shape[dim] == 1 or tensor.stride(dim) == 0:
+                continue
+            first = tensor.narrow(dim, 0, 1)
+            if tensor.requires_grad or not bool((tensor == first).all()):
+                return False
+    return True
+
+
+def _qmc_points(base: Distribution, shape: torch.Size, num: int, seed: int) -> Tensor:
+    """Scrambled Sobol points through the inverse cdf of the base, shape (*shape, *event)."""
+    leaf, _ = _leaf(base)
+    dim = base.event_shape.numel()
+    engine = torch.quasirandom.SobolEngine(max(dim, 1), scramble=True, seed=seed % (2**31))
+    reference = next(iter(base_parameters(base) or [(torch.zeros(()), 0)]))[0]
+    uniform = engine.draw(num, dtype=torch.float64).clamp(1e-12, 1 - 1e-12).to(reference)
+    eps = torch.finfo(uniform.dtype).eps
+    uniform = uniform.clamp(eps / 2, 1 - eps).reshape(*shape, *base.event_shape)
+    try:
+        return leaf.icdf(uniform)
+    except NotImplementedError:
+        raise ValueError(
+            f'method="qmc" needs a base with an inverse cdf (independent Normal, Uniform, Laplace, ...), '
+            f'got {type(leaf).__name__}; use method="importance"'
+        ) from None
+
+
+def score_term(base: Distribution, value: Tensor) -> Tensor:
+    """Zero in value; carries the gradient to parameters of a base that cannot be reparametrized."""
+    if getattr(base, "has_rsample", False) or not torch.is_grad_enabled():
+        return torch.zeros((), dtype=value.dtype if value.is_floating_point() else None, device=value.device)
+    log_prob = base.log_prob(value)
+    return log_prob - log_prob.detach() if log_prob.requires_grad else torch.zeros_like(log_prob)
+
+
+def site_log_weights(
+    base: Distribution, energy: Energy, settings: Normalizer, *, name: str = "site", seed: int | None = None
+) -> Tensor:
+    """``-E(v_k)`` for draws ``v_k`` of the base.
+
+    Args:
+        base: distribution with batch_shape (*batch) and event_shape (*event).
+        energy: maps (..., *event) to (...).
+        settings: how many draws, and of which kind.
+        name: the site, for messages.
+        seed: stream of the draws; ``None`` continues (and advances) the global generator.
+
+    Returns:
+        (num_samples,) where all batch elements share one law, else (num_samples, *batch). Bases with
+        enumerable support are summed exactly: weights then carry ``log p(v) + log(support size)``.
+    """
+    base = unmasked(base)
+    event_dim = len(base.event_shape)
+    support = enumerated(base)
+    if support is not None:
+        value, log_prob = support
+        return log_prob + math.log(value.shape[0]) - checked_energy(energy, value, 0, name)
+    shared = is_exchangeable(base)
+    copies = math.prod(base.batch_shape) if shared else 1
+    repeats = math.ceil(settings.num_samples / copies)
+    shape = torch.Size([repeats])
+    if settings.method == "qmc":
+        points_shape = shape + (base.batch_shape if shared else torch.Size([1] * len(base.batch_shape)))
+        qmc_seed = int(torch.randint(2**31, ())) if seed is None else seed
+        value = _qmc_points(base, points_shape, repeats * copies, qmc_seed)
+        score = score_term(base, value)
+    elif seed is None:
+        value, score = _draw(base, shape)
+    else:
+        with forked_rng(seed):
+            value, score = _draw(base, shape)
+    if shared:
+        value = value.reshape(repeats * copies, *base.event_shape)[: settings.num_samples]
+        score = score.reshape(-1)[: settings.num_samples] if score.ndim else score
+    return score - checked_energy(energy, value, event_dim, name)
+
+
+def enumerated(base: Distribution) -> tuple[Tensor, Tensor] | None:
+    """All values of a scalar base of finite support and their log probabilities.
+
+    Shapes (support,) where all batch elements share one law, else (support, *batch).
+    """
+    leaf, _ = _leaf(base)
+    if len(base.event_shape) or not getattr(leaf, "has_enumerate_support", False):
+        return None
+    try:
+        value = leaf.enumerate_support(expand=True)
+    except NotImplementedError:  # a Binomial whose total_count differs between batch elements
+        return None
+    log_prob = leaf.log_prob(value)
+    if value.ndim > 1 and is_exchangeable(base):
+        return value.flatten(1)[:, 0], log_prob.flatten(1)[:, 0]
+    return value, log_prob
+
+
+def _draw(base: Distribution, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    reparametrized = getattr(base, "has_rsample", False) and torch.is_grad_enabled()
+    value = base.rsample(shape) if reparametrized else base.sample(shape)
+    return value, score_term(base, value)
+
+
+def site_log_normalizer(
+    base: Distribution, energy: Energy, settings: Normalizer, *, name: str, salt: Sequence[object] = ()
+) -> Tensor:
+    """``log Z`` of a tilt from its own distribution: 0-d where all batch elements share it, else (*batch).
+
+    The gradient with respect to the energy is the self-normalized estimate of the negative phase,
+    ``-sum_k w_k grad E(v_k)``, ``w = softmax(-E)``.
+    """
+    support = enumerated(base)
+    if support is not None:
+        value, log_prob = support
+        # The second term is zero up to rounding; with it, a zero energy gives zero exactly.
+        tilted = log_prob - checked_energy(energy, value, 0, name)
+        return tilted.logsumexp(0) - log_prob.logsumexp(0)
+    seed = fingerprint(energy.parameters(), settings.seed, name, *salt)
+    return reported_log_mean_exp(site_log_weights(base, energy, settings, name=name, seed=seed))
+
+
+def reported_log_mean_exp(log_weights: Tensor) -> Tensor:
+    """``log mean exp`` of the log weights (draws, *batch) of a log Z, told to whoever listens to these."""
+    if (listener := _listener.get()) is not None:
+        listener(log_weights.detach())
+    value, control = log_mean_exp(log_weights), _control.get()
+    return value if control is None else control(value)
+
+
+_listener: ContextVar[Callable[[Tensor], None] | None] = ContextVar("listener to the weights of log Z", default=None)
+_control: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("what log Z goes through", default=None)
+
+
+def weights_reported_to(listener: Callable[[Tensor], None]) -> AbstractContextManager[None]:
+    """Within this block ``listener`` gets the log weights (draws, *batch) of each log Z that is sampled for a model."""
+    return _during(_listener, listener)
+
+
+def log_z_through(control: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """Within this block each log Z that is sampled for a model, (*batch), is what ``control`` makes of it."""
+    return _during(_control, control)
+
+
+@contextmanager
+def _during(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def sampled_log_normalizer(
+    base: Distribution,
+    energy: Energy,
+    *,
+    method: str = "importance",
+    num_samples: int = 16384,
+    seed: int | None = None,
+    strict: bool = False,
+) -> Estimate:
+    """``log Z`` and its standard error from independent draws or Sobol points of the base.
+
+    Arguments, result and errors of :func:`pyro_ebm.log_normalizer`.
+    """
+    energy = as_energy(energy)
+    settings = Normalizer(method, num_samples)
+    with torch.no_grad():
+        if method == "qmc":
+            estimate, log_weights = _qmc_estimate(base, energy, num_samples, seed)
+        else:
+            log_weights = site_log_weights(base, energy, settings, name="the base", seed=seed)
+            estimate = importance_estimate(log_weights)
+        if enumerated(base) is not None and bool(estimate.value.isfinite().all()):
+            return Estimate(estimate.value, torch.zeros_like(estimate.value))
+    warn_if_unreliable(log_weights, estimate, strict=strict)
+    return estimate
+
+
+def warn_if_unreliable(log_weights: Tensor, estimate: Estimate, *, strict: bool = False) -> None:
+    """Warn (raise with ``strict``) where log Z is not finite or its weights have Pareto k > 0.7."""
+    problem = _problem(log_weights, estimate)
+    if problem and strict:
+        raise InferenceError(problem)
+    if problem:
+        warn_user(problem)
+
+
+def _qmc_estimate(
+    base: Distribution, energy: Energy, num_samples: int, seed: int | None
+) -> tuple[Estimate, Tensor]:
+    settings = Normalizer("qmc", max(num_samples // _QMC_REPLICATES, 2))
+    seeds = [None if seed is None else seed * _QMC_REPLICATES + r for r in range(_QMC_REPLICATES)]
+    log_weights = [site_log_weights(base, energy, settings, name="the base", seed=s) for s in seeds]
+    estimate = importance_estimate(torch.stack([log_mean_exp(part) for part in log_weights]))
+    return estimate, torch.cat(log_weights)
+
+
+def _problem(log_weights: Tensor, estimate: Estimate) -> str | None:
+    if not bool(estimate.value.isfinite().all()):
+        values = estimate.value.flatten()[:5].tolist()
+        return f"log Z is not finite ({values}): the energy is unbounded below or returns NaN; {_REMEDY}"
+    columns = log_weights.reshape(log_weights.shape[0], -1)
+    worst = int(estimate.se.reshape(-1).argmax())
+    _, k = psis(columns[:, worst])
+    if k > 0.7:
+        return (
+            f"the estimate of log Z is not reliable: the weights exp(-E) have a heavy tail "
+            f"(Pareto k = {k:.2f} > 0.7), as when the energy is unbounded below or the tilt is far from its "
+            f"base; {_REMEDY}"
+        )
+    return None

@@ -1,0 +1,122 @@
+"""What training minimizes: a Pyro ELBO or any other loss, as gradients, as a number, and as saved state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pyro.infer
+import torch
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+
+__all__ = ["Objective"]
+
+
+class Objective:
+    """A Pyro ELBO or a function as a loss to take gradients of.
+
+    Args:
+        objective: None for ``Trace_ELBO()``, a Pyro ELBO, or ``(model, guide, *batch) -> scalar``. It may have
+            ``validation(model, guide, *batch) -> scalar``, a measure of fit in place of a loss that is none, and
+            ``state_dict()`` with ``load_state_dict()``, what it carries from one step to the next.
+        model: the model.
+        guide: the guide.
+        name: of the argument, for messages.
+    """
+
+    def __init__(
+        self, objective: Any, model: Callable[..., Any], guide: Callable[..., Any], name: str = "objective"
+    ) -> None:
+        for role, item in {"model": model, "guide": guide}.items():
+            if not callable(item):
+                raise TypeError(f"{role} must be callable, got {type(item).__name__}")
+        objective = pyro.infer.Trace_ELBO() if objective is None else objective
+        is_elbo = isinstance(objective, pyro.infer.ELBO)
+        if isinstance(objective, type) or not (is_elbo or callable(objective)):
+            got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
+            raise TypeError(
+                f"{name} must be a Pyro ELBO or a function (model, guide, *batch) -> loss, got {got}; "
+                "pass an instance such as pyro.infer.Trace_ELBO()"
+            )
+        self.given, self.name = objective, name
+        self.args = (model, guide)
+        self._loss = getattr(objective, "differentiable_loss", None) if is_elbo else objective
+        self._measure = getattr(objective, "validation", None)
+        self._stateful = all(hasattr(objective, part) for part in ("state_dict", "load_state_dict"))
+
+    @property
+    def is_measure(self) -> bool:
+        """Whether a lower loss means a better fit: not where the objective brings another measure along."""
+        return self._measure is None
+
+    def value(self, *batch: Tensor) -> float:
+        """The loss summed over the batch, without gradients."""
+        with torch.no_grad():
+            loss = self.given.loss(*self.args, *batch) if self._loss is None else self._tensor(self._loss, *batch)
+        return float(loss)
+
+    def validation(self, *batch: Tensor) -> float:
+        """The measure of fit summed over the batch, without gradients: the loss itself unless told otherwise."""
+        if self._measure is None:
+            return self.value(*batch)
+        with torch.no_grad():
+            return float(self._tensor(self._measure, *batch))
+
+    def gradients(self, parameters: list[nn.Parameter], *batch: Tensor) -> Tensor:
+        """Put the gradients of the loss per datum into the parameters; return that loss."""
+        num = batch[0].shape[0]
+        if self._loss is not None:
+            loss = self._tensor(self._loss, *batch) / num
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss does not depend on any parameter that is to be trained; check train=, and that "
+                    "model and guide use these modules without detach() or no_grad()"
+                )
+            loss.backward(inputs=parameters)
+            return loss.detach()
+        # RenyiELBO, TraceGraph_ELBO and their like insist on doing the backward pass themselves.
+        model, guide = self.args
+        loss = self.given.loss_and_grads(_with_parameter_site(model), guide, *batch)
+        for p in parameters:
+            if p.grad is not None:
+                p.grad /= num
+        return torch.as_tensor(loss, dtype=parameters[0].dtype, device=parameters[0].device) / num
+
+    def state(self) -> Any:
+        """A copy of what the objective carries from step to step; None where it carries nothing."""
+        return copy.deepcopy(self.given.state_dict()) if self._stateful else None
+
+    def load_state(self, state: Any) -> None:
+        """Put a copy made by :meth:`state` back."""
+        if (state is not None) != self._stateful:
+            had, has = ("has" if present else "has not" for present in (state is not None, self._stateful))
+            raise ValueError(f"its {self.name} {had} a state of its own, the one given here {has}")
+        if self._stateful:
+            self.given.load_state_dict(copy.deepcopy(state))
+
+    def _tensor(self, function: Callable[..., Any], *batch: Tensor) -> Tensor:
+        loss = function(*self.args, *batch)
+        # An ELBO in which nothing is learned or stochastic is a plain number.
+        loss = torch.as_tensor(loss) if isinstance(loss, int | float) else loss
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"{self.name} must return one number, the loss summed over the batch, got {got}; add .sum()"
+            )
+        return loss.reshape(())
+
+
+def _with_parameter_site(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with a site of type "param": without one these ELBOs skip the backward pass."""
+
+    def marked(*args: Any) -> Any:
+        _parameter_site(torch.zeros(()), name="_fit")
+        return model(*args)
+
+    return marked
+
+
+# Unlike pyro.param, it leaves the global parameter store alone.
+_parameter_site = effectful(lambda value: value, type="param")

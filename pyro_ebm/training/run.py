@@ -1,0 +1,287 @@
+"""One resumable run of training: its modules, optimizer, data and random states."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm.errors import CheckpointError
+from pyro_ebm.randomness import forked_rng
+from pyro_ebm.tilts.normalizer import weights_reported_to
+from pyro_ebm.training.checkpoints import load_into, require_match, weights_of, write
+from pyro_ebm.training.data import Tensors, batches, checksum
+from pyro_ebm.training.guard import WeightGuard, require_finite
+from pyro_ebm.training.objective import Objective
+
+__all__ = ["Group", "Progress", "Run"]
+
+@dataclass
+class Progress:
+    """How far a run has come; epochs count from 1, and epoch 0 is before training."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    seconds: float = 0.0
+    train_loss: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+
+    def latest(self) -> dict[str, float]:
+        """Losses of the last epoch, for the progress bar."""
+        curves = {"train": self.train_loss, "validation": self.validation_loss}
+        return {name: curve[-1] for name, curve in curves.items() if curve}
+
+
+@dataclass
+class Group:
+    """Modules that learn together, and what their steps minimize.
+
+    Args:
+        modules: they learn; all others stand still meanwhile.
+        parameters: those of their parameters that learn.
+        loss: what is minimized.
+        name: of the modules, for messages.
+    """
+
+    modules: Sequence[nn.Module]
+    parameters: list[nn.Parameter]
+    loss: Objective
+    name: str = "train"
+    checked: bool = False
+
+    def check_reach(self, named: bool) -> None:
+        """At the first step: do the gradients reach everything that was named to be trained?"""
+        for index, module in enumerate(self.modules):
+            if named and all(p.grad is None for p in module.parameters()):
+                raise ValueError(
+                    f"the loss does not depend on {self.name}[{index}] ({type(module).__name__}); leave it out of "
+                    "train=, or check that model and guide use this very module"
+                )
+        if all(p.grad is None for p in self.parameters):
+            raise ValueError("the loss does not depend on any parameter that is to be trained; check train=")
+        self.checked = True
+
+
+class Run:
+    """Modules, optimizer, data and random states of one call of ``fit``.
+
+    Args:
+        groups: modules that learn, by the groups that take turns.
+        optimizer: over all their parameters.
+        data: to train on.
+        validation: to validate on, or None.
+        batch_size: data per step.
+        clip_grad_norm: largest norm of a gradient, or None.
+        seed: of the order of the data and the noise of the validation.
+        named: whether the user named the modules, so that each must matter to the loss.
+        frozen: modules that must stay in ``eval()`` mode.
+        scheduler: of the learning rate, stepped after each epoch, or None.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        optimizer: torch.optim.Optimizer,
+        data: Tensors,
+        validation: Tensors | None,
+        *,
+        batch_size: int,
+        clip_grad_norm: float | None,
+        seed: int,
+        named: bool,
+        frozen: Sequence[nn.Module] = (),
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        self.groups, self.optimizer, self.scheduler = groups, optimizer, scheduler
+        self.trained = list({id(m): m for group in groups for m in group.modules}.values())
+        self.parameters = list({id(p): p for group in groups for p in group.parameters}.values())
+        self.objectives = list({id(group.loss): group.loss for group in groups}.values())
+        self.data, self.validation, self.batch_size = data, validation, batch_size
+        self.clip_grad_norm, self.seed = clip_grad_norm, seed
+        self.device = self.parameters[0].device
+        self.order = torch.Generator().manual_seed(seed + 1)
+        self.progress = Progress()
+        self.guard = WeightGuard(math.ceil(data[0].shape[0] / batch_size))
+        self.best = weights_of(self.trained)
+        self._named, self._frozen = named, frozen
+        self._resumable: dict[str, Any] = {}
+        self._fixed: dict[str, Any] = {}
+
+    def one_epoch(self) -> None:
+        """One pass over the data, and what it did to the validation loss."""
+        train_loss = self._train()
+        require_finite([_norm(self.parameters).item()], ["norm of the weights"], self._where("the end"))
+        loss = train_loss if self.validation is None else self._validate(self.validation)
+        require_finite([loss], ["validation loss"], self._where("the end"))
+        # A loss that is no measure of fit chooses nothing: then the last weights are kept.
+        better = loss < self.progress.best_loss or (self.validation is None and not self.groups[0].loss.is_measure)
+        best = weights_of(self.trained) if better and not self.guard.doubtful else None
+        if self.scheduler is not None:
+            step: Callable[..., None] = self.scheduler.step
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            step(loss) if plateau else step()
+        past = self.progress
+        past.epoch += 1
+        past.train_loss.append(train_loss)
+        if self.validation is not None:
+            past.validation_loss.append(loss)
+        if best is not None:
+            self.best, past.best_epoch, past.best_loss = best, past.epoch, loss
+
+    def _train(self) -> float:
+        """One pass over the data; the mean loss of the first group's steps."""
+        num, total = self.data[0].shape[0], 0.0
+        order = torch.randperm(num, generator=self.order)
+        for step, batch in enumerate(batches(self.data, self.batch_size, self.device, order), start=1):
+            losses = []
+            for group in self.groups:
+                if step == 1 or len(self.groups) > 1:
+                    self._set_modes(group)
+                losses.append(self._step(group, step, batch))
+            total += losses[0] * batch[0].shape[0]
+        return total / num
+
+    def _set_modes(self, group: Group) -> None:
+        for module in self.trained:
+            module.eval()
+        for module in group.modules:
+            module.train()
+        # A tilted model that learns may hold a base model that does not.
+        for module in self._frozen:
+            module.eval()
+
+    def _step(self, group: Group, step: int, batch: Tensors) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        with weights_reported_to(self.guard.listen):
+            loss = group.loss.gradients(group.parameters, *batch)
+        if len(self.groups) > 1:
+            self._drop_gradients_outside(group)
+        if not group.checked:
+            group.check_reach(self._named)
+        norm = _norm([p.grad for p in group.parameters if p.grad is not None])
+        sizes, draws = self.guard.taken()
+        # One transfer from the device for all of them.
+        value, norm_value, *ess = torch.stack([t.to(loss) for t in (loss, norm, *sizes)]).tolist()
+        where = self._where(f"step {step}")
+        require_finite([value, norm_value], ["loss", "norm of the gradient"], where)
+        self.guard.judge(ess, draws, where)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(group.parameters, self.clip_grad_norm, norm)
+        self.optimizer.step()
+        return value
+
+    def _drop_gradients_outside(self, group: Group) -> None:
+        """What some ELBOs leave in other groups; an optimizer passes over parameters without gradient."""
+        inside = {id(p) for p in group.parameters}
+        for p in self.parameters:
+            if id(p) not in inside:
+                p.grad = None
+
+    def _validate(self, data: Tensors) -> float:
+        for module in self.trained:
+            module.eval()
+        # The same noise at each epoch, so that a difference between epochs is one between weights.
+        with forked_rng(self.seed + 2):
+            measure = self.groups[0].loss.validation
+            total = sum(measure(*batch) for batch in batches(data, self.batch_size, self.device))
+        return total / data[0].shape[0]
+
+    def _where(self, place: str) -> str:
+        return f"in epoch {self.progress.epoch + 1} at {place}"
+
+    def kept(self) -> str:
+        """Which weights the modules hold after :meth:`restore_best`, in words."""
+        best = self.progress.best_epoch
+        return f"kept the weights of epoch {best}, the best so far" if best else "kept the initial weights"
+
+    def restore_best(self) -> None:
+        """Put the best weights so far into the modules."""
+        load_into(self.trained, self.best)
+
+    @property
+    def resumes_after(self) -> int:
+        """The epoch after which a checkpoint written now goes on."""
+        return int(self._resumable.get("epoch", 0))
+
+    def keep(self, wanted: bool) -> None:
+        """Copy the state at the end of an epoch: what an interruption in the next one resumes from."""
+        # A checkpoint ends with the last epoch that is worth going on from.
+        if not wanted or self.guard.doubtful:
+            return
+        on_gpu = self.device.type == "cuda"
+        self._resumable = {
+            **asdict(self.progress),
+            "weights": weights_of(self.trained),
+            "best": self.best,
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            "order": self.order.get_state(),
+            "objectives": [loss.state() for loss in self.objectives],
+            "weight_sizes": list(self.guard.recent),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the state kept last."""
+        seconds = {"seconds": self.progress.seconds}
+        write({**self._resumable, **seconds, **self._identity()}, path, kind="checkpoint")
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run."""
+        if not self._fixed:
+            turns = len(self.groups) > 1
+            self._fixed = {
+                "classes": [type(module).__name__ for module in self.trained],
+                "optimizer_class": type(self.optimizer).__name__,
+                "scheduler_class": type(self.scheduler).__name__,
+                "seed": self.seed,
+                "batch_size": self.batch_size,
+                "data": checksum(self.data),
+                "validation": checksum(self.validation),
+                # None for one group, which is what older files have.
+                "groups": [[self.trained.index(m) for m in g.modules] for g in self.groups] if turns else None,
+            }
+        return self._fixed
+
+    def load(self, saved: dict[str, Any], path: str) -> None:
+        """Continue from a checkpoint; raise CheckpointError where it is not one of this run."""
+        for part in ("weights", "best"):
+            require_match(saved.get("classes"), saved.get(part), self.trained, path)
+        for name, value in self._identity().items():
+            if saved.get(name) != value:
+                raise CheckpointError(
+                    f"{path} is of another run: its {name} is {saved.get(name)!r}, here it is {value!r}; "
+                    "call fit with the arguments of the run that wrote it, or start anew with resume=False"
+                )
+        try:
+            fields = {name: saved[name] for name in Progress.__dataclass_fields__}
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(saved["scheduler"])
+            self.order.set_state(saved["order"])
+            states = saved.get("objectives", [None] * len(self.objectives))
+            for loss, state in zip(self.objectives, states, strict=True):
+                loss.load_state(state)
+            self.guard.recent.extend(saved.get("weight_sizes", []))
+            torch.set_rng_state(saved["rng"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
+            self.progress = Progress(**fields)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); restore it from a copy, or start anew with resume=False"
+            ) from error
+        self.best = saved["best"]
+        load_into(self.trained, saved["weights"])
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm([t.detach() for t in tensors], foreach=None)
