@@ -35,7 +35,7 @@ def ours(
     begin = time.perf_counter()
     mcmc = MCMC(
         ChEES(target.model, independent=plate), piece, warmup, num_chains=chains, guide=target.guide, seed=SEED,
-        disable_progbar=True,
+        progress=False,
     )  # fmt: skip
 
     def until_done(running: Chains) -> Mapping[str, Any]:

@@ -49,7 +49,7 @@ def time_per_gradient(target_name: str, *, repeats: int = 9, draws: int = 40) ->
 def memory(draws: int, *, target_name: str = "tilted_prior_2d") -> dict[str, Any]:
     """Peak memory of a process that keeps so many draws of 1,024 chains, and the bytes it keeps."""
     target = load(target_name)
-    mcmc = MCMC(ChEES(target.model), draws, 50, num_chains=CHAINS, seed=0, disable_progbar=True)
+    mcmc = MCMC(ChEES(target.model), draws, 50, num_chains=CHAINS, seed=0, progress=False)
     found = mcmc.run(*target.args)
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()

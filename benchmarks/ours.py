@@ -31,7 +31,7 @@ def ours_chains(
         points = points.reshape(len(points), copies, -1)
     mcmc = MCMC(
         {"ChEES": ChEES, "HMC": HMC}[kernel](target.model, independent=plate), draws, warmup, points, len(points),
-        seed=seed, compile=graph == "compiled", capture=graph != "eager", disable_progbar=True,
+        seed=seed, compile=graph == "compiled", capture=graph != "eager", progress=False,
     )  # fmt: skip
     found = _quietly(mcmc.run, *target.args)
     # Until the draws are there; the look at R-hat that follows has no counterpart in the peers.
@@ -46,7 +46,7 @@ def ours_smc(target: Target, start: np.ndarray, *, warmup: int, draws: int, seed
     from pyro_ebm.inference.annealing.smc import SMC
 
     found = _quietly(
-        SMC(target.model, num_particles=draws, num_islands=len(start), seed=seed, disable_progbar=True).run,
+        SMC(target.model, num_particles=draws, num_islands=len(start), seed=seed, progress=False).run,
         *target.args,
     )
     weights = None if found.log_weights is None else found.log_weights.numpy()

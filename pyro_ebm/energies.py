@@ -177,7 +177,7 @@ class MLPEnergy(Energy):
     """A multilayer perceptron from one event to one number.
 
     Args:
-        event_dim_size: length of the event vector, or the whole event shape (flattened); ``()`` for a
+        event_shape: shape of one event, which is flattened, or the length of a vector; ``()`` for a
             scalar site.
         hidden: widths of the hidden layers.
         activation: module class between the layers; a smooth one, because samplers take gradients.
@@ -188,14 +188,14 @@ class MLPEnergy(Energy):
 
     def __init__(
         self,
-        event_dim_size: int | Sequence[int],
+        event_shape: int | Sequence[int],
         *,
         hidden: Sequence[int] = (128, 128),
         activation: type[nn.Module] = nn.SiLU,
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.event_shape = _event_shape(event_dim_size, "event_dim_size")
+        self.event_shape = _event_shape(event_shape, "event_shape")
         self._norms = _SpectralNorms(spectral_norm)
         widths = [math.prod(self.event_shape), *hidden]
         layers: list[nn.Module] = []

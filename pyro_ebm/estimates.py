@@ -23,8 +23,8 @@ class BoundedEstimate(Estimate):
     Args:
         value: log Z.
         se: its standard error.
-        lower: below log Z with the confidence asked for.
-        upper: above log Z with the confidence asked for.
+        lower: below log Z with the probability asked for.
+        upper: above log Z with the probability asked for.
     """
 
     lower: Tensor

@@ -138,7 +138,7 @@ def test_wrong_event_shape(name):
 @pytest.mark.parametrize(
     "build, match",
     [
-        (lambda: MLPEnergy(0), "event_dim_size must be positive, got \\(0,\\)"),
+        (lambda: MLPEnergy(0), "event_shape must be positive, got \\(0,\\)"),
         (lambda: ConvEnergy((1, 0, 3)), "event_shape must be positive"),
         (lambda: ConvEnergy((8, 8)), "event_shape must be \\(channels, height, width\\), got \\(8, 8\\)"),
         (lambda: LinearEnergy(torch.zeros(2, 2)), "a must be a number or a vector .* got shape \\(2, 2\\)"),

@@ -38,7 +38,7 @@ CALLS = {
     "snis ess": lambda: sample(FAR, method="snis", ess=100, seed=0),
     "nuts": lambda: pyro_nuts(FAR, progress=False, **SHORT),
     "sample nuts": lambda: sample(FAR, method="nuts", progress=False, **SHORT),
-    "MCMC": lambda: MCMC(ChEES(FAR), disable_progbar=True, **SHORT).run(),
+    "MCMC": lambda: MCMC(ChEES(FAR), progress=False, **SHORT).run(),
     "chees": lambda: sample(FAR, method="chees", progress=False, **SHORT),
     "chees ess": lambda: sample(FAR, method="chees", progress=False, ess=1e6, **SHORT),
     "auto": lambda: sample(FAR, progress=False, ess=1e6, seed=0, num_samples=12, num_chains=8),

@@ -119,7 +119,7 @@ class ClassBalance:
         upper: (classes,) upper end.
         n: number of labels.
         ess: number of independent labels they are worth; trials of the bootstrap.
-        level: probability content of the intervals.
+        prob: probability content of the intervals.
         replicates: (num_bootstrap, classes) bootstrap proportions.
     """
 
@@ -129,7 +129,7 @@ class ClassBalance:
     upper: Tensor
     n: int
     ess: float
-    level: float
+    prob: float
     replicates: Tensor = field(repr=False)
 
     def tv(self, target: Tensor | Sequence[float] | None = None) -> float:
@@ -139,13 +139,13 @@ class ClassBalance:
     def tv_interval(self, target: Tensor | Sequence[float] | None = None) -> tuple[float, float]:
         """Return an interval for the total variation distance of the true proportions from ``target``.
 
-        ``tv -+ q`` with q the ``level`` quantile of the distance between bootstrap and observed
+        ``tv -+ q`` with q the ``prob`` quantile of the distance between bootstrap and observed
         proportions. Bootstrap distances from the target itself are biased upward near zero, where
         their quantiles can lie above the estimate; by the triangle inequality this interval does
         not, and its coverage is at least that of q.
         """
         distances = 0.5 * (self.replicates - self.proportions).abs().sum(-1)
-        radius = torch.quantile(distances, self.level).item()
+        radius = torch.quantile(distances, self.prob).item()
         value = self.tv(target)
         return max(0.0, value - radius), min(1.0, value + radius)
 
@@ -157,7 +157,7 @@ def class_balance(
     weights: Tensor | None = None,
     ess: float | None = None,
     num_bootstrap: int = 1000,
-    level: float = 0.95,
+    prob: float = 0.95,
     seed: int = 0,
 ) -> ClassBalance:
     """Count classes and bootstrap the proportions.
@@ -171,14 +171,14 @@ def class_balance(
         ess: effective sample size of the draws behind the labels (autocorrelated or weighted draws
             tell less than n independent ones); ``(sum w)^2 / sum w^2`` when ``None``, n if weights are equal.
         num_bootstrap: number of replicates.
-        level: probability content of the intervals.
+        prob: probability content of the intervals.
         seed: of the bootstrap; the global random state is neither read nor changed.
 
     Returns:
         Proportions with percentile intervals. A class never seen has the interval [0, 0].
 
     Raises:
-        ValueError: a label outside ``classes``, no labels, bad weights, ``ess`` or ``level``.
+        ValueError: a label outside ``classes``, no labels, bad weights, ``ess`` or ``prob``.
 
     Example:
         >>> balance = class_balance(torch.tensor([0, 0, 0, 1]), (0, 1))
@@ -190,8 +190,8 @@ def class_balance(
     labels, names = labels.detach().cpu().to(torch.int64).flatten(), tuple(int(label) for label in classes)
     n, equal = len(labels), weights is None
     weights = _checked_weights(labels, names, weights)
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+    if not 0.0 < prob < 1.0:
+        raise ValueError(f"prob must lie strictly between 0 and 1, got {prob}")
     if num_bootstrap < 1:
         raise ValueError(f"num_bootstrap must be at least 1, got {num_bootstrap}")
     if ess is None:  # exactly n without weights, where the formula would round
@@ -203,9 +203,9 @@ def class_balance(
     trials = max(1, round(ess))
     counts = np.random.default_rng(seed).multinomial(trials, proportions.numpy(), size=num_bootstrap)
     replicates = torch.from_numpy(counts / trials)
-    tail = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0], dtype=torch.float64)
+    tail = torch.tensor([(1.0 - prob) / 2.0, (1.0 + prob) / 2.0], dtype=torch.float64)
     lower, upper = torch.quantile(replicates, tail, dim=0)
-    return ClassBalance(names, proportions, lower, upper, n, float(ess), level, replicates)
+    return ClassBalance(names, proportions, lower, upper, n, float(ess), prob, replicates)
 
 
 def total_variation(p: Tensor | Sequence[float], target: Tensor | Sequence[float] | None = None) -> float:

@@ -96,7 +96,7 @@ def auto(
         guide=guide,
         seed=seed,
         compile=compile,
-        disable_progbar=not progress,
+        progress=progress,
         strict=strict,
     )
     draws = run_until(mcmc, target, (), {}, began=began)
@@ -171,7 +171,7 @@ def _smc(
         return _Smc()
     smc = SMC(
         density, num_particles=particles, num_islands=_ISLANDS, guide=guide, seed=seed, compile=compile,
-        disable_progbar=not progress,
+        progress=progress,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InferenceWarning)  # told in the steps, judged by the chains that start there

@@ -116,7 +116,6 @@ def sample(
         sampler = pyro_nuts if method == "nuts" else pyro_hmc
         shared: dict[str, Any] = {"guide": guide, "num_samples": num_samples, "num_chains": num_chains}
         return sampler(model, *args, seed=seed, model_kwargs=kwargs, **shared, **options)
-    options["disable_progbar"] = not options.pop("progress", True)
     if method == "smc":
         smc = SMC(model, num_particles=num_samples, num_islands=num_chains, guide=guide, seed=seed, **options)
         return smc.run(*args, **kwargs)

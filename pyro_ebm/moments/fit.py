@@ -207,7 +207,7 @@ class _Source:
             num_particles=self.num_samples // (4 * _ISLANDS),
             num_islands=_ISLANDS,
             seed=fingerprint((), self.seed, "smc", stream) % 2**31,
-            disable_progbar=True,
+            progress=False,
             strict=self.strict and not quiet,
         )
         with warnings.catch_warnings():

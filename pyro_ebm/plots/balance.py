@@ -90,7 +90,7 @@ def plot_class_balance(
         label = f"{name} (TV {np.abs(p - wanted).sum() / 2:.3f})"
         ax.errorbar(where, p, yerr=error, fmt="o", color=color(i), markersize=5, capsize=3, label=label)
     _label_classes(ax, np.array(classes))
-    ax.set_ylabel(f"proportion of images, {100 * float(first.level):g} % interval")
+    ax.set_ylabel(f"proportion of images, {100 * float(first.prob):g} % interval")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _headroom(ax)
 

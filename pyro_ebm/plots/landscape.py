@@ -28,13 +28,13 @@ def plot_energy_landscape(
     *,
     limits: tuple[float, ...] = (-4.0, 4.0),
     num_points: int = 121,
-    mass: Sequence[float] = (0.5, 0.8, 0.95),
+    prob: float | Sequence[float] = (0.5, 0.8, 0.95),
     ax: Axes | None = None,
 ) -> Axes:
     """Log density of the tilt of a two-dimensional base, with its highest-density regions.
 
     ``log p_theta(z) = -E(z) + log p(z) - log Z``, drawn relative to its highest point on the grid, so
-    that ``log Z`` is not needed. Lines enclose the smallest regions that hold a given mass.
+    that ``log Z`` is not needed. Lines enclose the smallest regions that hold a given probability.
 
     Args:
         energy: (*batch, 2) -> (*batch,).
@@ -42,12 +42,13 @@ def plot_energy_landscape(
         draws: samples to scatter on top, shape (*sample, 2); resample weighted draws first.
         limits: (low, high) of both axes, or (x_low, x_high, y_low, y_high).
         num_points: grid points along each axis.
-        mass: probabilities of the highest-density regions, computed on the grid.
+        prob: one or several, of the highest-density regions, computed on the grid.
         ax: axes to draw on; a new figure when ``None``.
 
     Returns:
         The axes.
     """
+    prob = [prob] if isinstance(prob, int | float) else list(prob)
     x, y, log_density = _log_density(energy, base, _four(limits), num_points)
     relative = np.maximum(log_density - log_density.max(), -_DEPTH)
     points = None if draws is None else _points(draws)
@@ -57,10 +58,10 @@ def plot_energy_landscape(
     bar.set_label(r"$-E(z) + \log p(z)$, relative to the peak (nats)")
     if points is not None:
         ax.scatter(*points, s=7, color="white", edgecolors=INK, linewidths=0.4, alpha=0.6)
-    # A set, because masses share a level when the density is concentrated on few grid points.
-    levels = sorted(set(_levels(relative, mass)))
+    # A set, because regions share a contour when the density is concentrated on few grid points.
+    levels = sorted(set(_levels(relative, prob)))
     ax.contour(x, y, relative, levels=levels, colors=INK, linewidths=1.3, linestyles="solid")
-    shares = ", ".join(f"{100 * share:g} %" for share in sorted(mass))
+    shares = ", ".join(f"{100 * share:g} %" for share in sorted(prob))
     ax.set_title(f"lines enclose {shares} of the probability", fontsize="medium")
     ax.set(xlabel="$z_1$", ylabel="$z_2$", aspect="equal", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
     return ax
@@ -95,11 +96,11 @@ def _log_density(
     return x.numpy(), y.numpy(), values.reshape(num_points, num_points).numpy()
 
 
-def _levels(log_density: np.ndarray, mass: Sequence[float]) -> list[float]:
+def _levels(log_density: np.ndarray, prob: Sequence[float]) -> list[float]:
     """Log densities above which the given shares of the grid's probability lie."""
     descending = np.sort(log_density.ravel())[::-1]
     cumulative = np.cumsum(np.exp(descending))
-    return [float(descending[np.searchsorted(cumulative, share * cumulative[-1])]) for share in mass]
+    return [float(descending[np.searchsorted(cumulative, share * cumulative[-1])]) for share in prob]
 
 
 def _like(energy: object) -> Tensor:

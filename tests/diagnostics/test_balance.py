@@ -114,7 +114,7 @@ def test_proportions_and_intervals_of_plain_counts() -> None:
     n, p = 2000, torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
     balance = class_balance(labels_of(1000, 600, 400), range(4), num_bootstrap=4000)
     torch.testing.assert_close(balance.proportions, p)
-    assert (balance.classes, balance.n, balance.ess, balance.level) == ((0, 1, 2, 3), n, n, 0.95)
+    assert (balance.classes, balance.n, balance.ess, balance.prob) == ((0, 1, 2, 3), n, n, 0.95)
     assert balance.replicates.shape == (4000, 4)
     # Half widths are those of the normal approximation, up to the error of a bootstrap quantile.
     half = 1.96 * (p * (1 - p) / n).sqrt()
@@ -203,7 +203,7 @@ def test_bad_distributions(distance: Any) -> None:
         ([0, 1], {"weights": torch.tensor([math.nan, 1.0])}, "finite non-negative"),
         ([0, 1], {"ess": math.nan}, "ess must be finite and positive, got nan"),
         ([0, 1], {"ess": 0.0}, "ess must be finite and positive"),
-        ([0, 1], {"level": 95.0}, "level must lie strictly between 0 and 1, got 95.0"),
+        ([0, 1], {"prob": 95.0}, "prob must lie strictly between 0 and 1, got 95.0"),
         ([0, 1], {"num_bootstrap": 0}, "num_bootstrap must be at least 1"),
     ],
 )

@@ -70,7 +70,7 @@ def test_batched_chains(method):
     """Options of the kernel and of the runner, each to its own."""
     kernel = KERNELS[method](TILTED, step_size=0.3, target_accept_prob=0.7)
     options = {"warmup_steps": 5, "thin": 2, "keep_warmup": True, **FAST}
-    expected = MCMC(kernel, guide=guide, disable_progbar=True, **options).run(0.5, scale=2.0)
+    expected = MCMC(kernel, guide=guide, progress=False, **options).run(0.5, scale=2.0)
     found = sample(
         TILTED, 0.5, method=method, guide=guide, progress=False, model_kwargs={"scale": 2.0}, step_size=0.3,
         target_accept_prob=0.7, **options,
@@ -84,7 +84,7 @@ def test_batched_chains(method):
 def test_smc(kernel):
     options = {} if kernel is None else {"kernel": kernel}
     smc = SMC(
-        TILTED, num_particles=40, num_islands=3, guide=guide, target_ess=0.6, seed=0, disable_progbar=True, **options
+        TILTED, num_particles=40, num_islands=3, guide=guide, target_ess=0.6, seed=0, progress=False, **options
     )
     found = sample(
         TILTED, 0.5, method="smc", guide=guide, num_samples=40, num_chains=3, target_ess=0.6, seed=0, progress=False,

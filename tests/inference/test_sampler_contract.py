@@ -22,7 +22,7 @@ FAST = {"num_samples": 8, "warmup_steps": 6, "num_chains": 2, "progress": False}
 
 def batched(kernel):
     def run(model, *args, seed=None):
-        return MCMC(kernel(model), 8, 6, num_chains=2, seed=seed, disable_progbar=True).run(*args)
+        return MCMC(kernel(model), 8, 6, num_chains=2, seed=seed, progress=False).run(*args)
 
     return run
 

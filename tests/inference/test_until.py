@@ -24,7 +24,7 @@ def model(loc=0.0, *, scale=1.0):
 
 
 def chains(kernel=ChEES, **options):
-    options = {"num_chains": 16, "warmup_steps": 60, "seed": 0, "disable_progbar": True, **options}
+    options = {"num_chains": 16, "warmup_steps": 60, "seed": 0, "progress": False, **options}
     return MCMC(kernel(model), num_samples=1, **options)
 
 
@@ -69,7 +69,7 @@ def test_chains_stop_at_the_target(clock):
 def test_the_slowest_component_decides(clock):
     """Langevin steps in a coordinate of another scale, without a mass matrix, are slow there alone."""
     mcmc = MCMC(
-        MALA(slow, adapt_mass_matrix=False), num_samples=1, warmup_steps=60, num_chains=16, seed=0, disable_progbar=True
+        MALA(slow, adapt_mass_matrix=False), num_samples=1, warmup_steps=60, num_chains=16, seed=0, progress=False
     )
     with pytest.warns(InferenceWarning):
         draws = run(mcmc, Target(400.0, max_draws=60))

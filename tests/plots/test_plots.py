@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def balance(*proportions: float) -> SimpleNamespace:
     p = torch.tensor(proportions)
-    return SimpleNamespace(classes=(0, 1), proportions=p, lower=p - 0.05, upper=p + 0.05, n=100, level=0.9)
+    return SimpleNamespace(classes=(0, 1), proportions=p, lower=p - 0.05, upper=p + 0.05, n=100, prob=0.9)
 
 
 def history(best: int = 3) -> SimpleNamespace:
@@ -186,7 +186,7 @@ def test_landscape_uses_the_base_and_the_energys_dtype(contoured: list[tuple[Any
 
 def test_highest_density_lines_of_a_normal_have_the_right_radius() -> None:
     ax = plots.plot_energy_landscape(
-        LinearEnergy(torch.zeros(2)), num_points=201, mass=(0.8,), ax=Figure().subplots()
+        LinearEnergy(torch.zeros(2)), num_points=201, prob=0.8, ax=Figure().subplots()
     )
     line = ax.collections[-1].get_paths()[0].vertices
     # |z|^2 is chi squared with two degrees of freedom

@@ -33,7 +33,7 @@ def annealed_importance(
     num_chains: int = 1024,
     num_groups: int = 16,
     num_temperatures: int = 64,
-    confidence: float = 0.99,
+    prob: float = 0.99,
     draws: Draws | Mapping[str, Tensor] | None = None,
     guide: Callable[..., Any] | None = None,
     base: Distribution | None = None,
@@ -42,7 +42,7 @@ def annealed_importance(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     compile: bool = False,
-    disable_progbar: bool = False,
+    progress: bool = True,
     strict: bool = False,
     **kwargs: Any,
 ) -> BoundedEstimate:
@@ -65,7 +65,7 @@ def annealed_importance(
         num_chains: chains in each direction, over all groups.
         num_groups: groups of chains that share only temperatures and tuning.
         num_temperatures: steps between base and target.
-        confidence: probability that both bounds hold.
+        prob: probability that both bounds hold.
         draws: exact draws of the target to go back from, at least ``num_chains``, instead of the particles of SMC;
             a :class:`Draws` or values by site, (num, *site_shape).
         guide: a law of the latent sites to start from instead of the prior.
@@ -75,7 +75,7 @@ def annealed_importance(
         seed: a number for the same answer twice; ``None`` uses the global generator.
         generator: a source of randomness instead of a seed.
         compile: hand the captured graph to ``torch.compile``.
-        disable_progbar: show no progress bar.
+        progress: show a progress bar.
         strict: raise instead of warn when the bounds cannot be trusted.
         **kwargs: the model's keyword arguments.
 
@@ -99,18 +99,18 @@ def annealed_importance(
         >>> from pyro_ebm import LinearEnergy, TiltedDistribution
         >>> from pyro_ebm.inference.annealing.ais import annealed_importance
         >>> tilted = TiltedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), LinearEnergy([2.0, 0.0]))
-        >>> log_z = annealed_importance(tilted, num_temperatures=16, seed=0, disable_progbar=True)
+        >>> log_z = annealed_importance(tilted, num_temperatures=16, seed=0, progress=False)
         >>> bool(log_z.lower < 2.0 < log_z.upper)
         True
     """
     kernel = kernel_for(target, kernel, independent=independent, vectorize=vectorize)
-    _check(kernel, num_chains, num_groups, num_temperatures, confidence)
+    _check(kernel, num_chains, num_groups, num_temperatures, prob)
     if seed is not None and generator is not None:
         raise ValueError("seed and generator both given: one source of randomness, please")
     path = path_to(kernel, args, kwargs, guide=guide, base=base)
     start, generator = streams(random_seed(seed, generator), generator, path.target.like.device)
     size = num_chains // num_groups
-    with path.quiet(), tqdm(desc="ais", disable=disable_progbar, unit=" temperatures") as bar:
+    with path.quiet(), tqdm(desc="ais", disable=not progress, unit=" temperatures") as bar:
         points = path.start(size, num_groups, seed=start, compile=compile)
         pilot = anneal(path, kernel, points, Annealing(), generator=generator, bar=bar)
         walk = _Walk(path, kernel, schedule_of(pilot, num_temperatures), generator, bar)
@@ -118,7 +118,7 @@ def annealed_importance(
         end = _settled(path, kernel, pilot, generator) if given is None else given
         forward = walk.up(path.at(path.draw(size, num_groups, seed=start + 1)))
         backward = -walk.down(end)
-    found = _estimate(forward, backward, confidence)
+    found = _estimate(forward, backward, prob)
     _report(found, strict=strict)
     return BoundedEstimate(*(part.to(points.u) for part in (found.value, found.se, found.lower, found.upper)))
 
@@ -232,13 +232,13 @@ def _given(path: Path, draws: Draws | Mapping[str, Tensor], size: int, groups: i
     return u[index].reshape(groups, size, *u.shape[1:]).transpose(0, 1).contiguous()
 
 
-def _estimate(forward: Tensor, backward: Tensor, confidence: float) -> BoundedEstimate:
+def _estimate(forward: Tensor, backward: Tensor, prob: float) -> BoundedEstimate:
     """From log weights up and minus log weights down, (chains, groups, *batch)."""
     from scipy import stats
 
     groups = forward.shape[1]
     below, above = log_mean_exp(forward), -log_mean_exp(-backward)
-    factor = float(stats.t.ppf(0.5 + confidence / 2, groups - 1)) / groups**0.5
+    factor = float(stats.t.ppf(0.5 + prob / 2, groups - 1)) / groups**0.5
     se = bridge(forward, backward).std(0) / groups**0.5
     return BoundedEstimate(
         bridge(forward.flatten(0, 1), backward.flatten(0, 1)),
@@ -268,7 +268,7 @@ def bridge(forward: Tensor, backward: Tensor) -> Tensor:
     return 0.5 * (low + high)
 
 
-def _check(kernel: Kernel, num_chains: int, num_groups: int, num_temperatures: int, confidence: float) -> None:
+def _check(kernel: Kernel, num_chains: int, num_groups: int, num_temperatures: int, prob: float) -> None:
     if isinstance(kernel, ULA):
         raise ValueError("kernel must leave its target invariant, which ULA does not: use MALA")
     if num_groups < 2 or num_chains < 2 * num_groups:
@@ -277,8 +277,8 @@ def _check(kernel: Kernel, num_chains: int, num_groups: int, num_temperatures: i
         )
     if num_temperatures < 1:
         raise ValueError(f"num_temperatures must be at least 1, got {num_temperatures}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    if not 0 < prob < 1:
+        raise ValueError(f"prob must lie between 0 and 1, got {prob}")
 
 
 def _report(found: BoundedEstimate, *, strict: bool) -> None:

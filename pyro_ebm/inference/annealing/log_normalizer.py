@@ -94,7 +94,7 @@ def log_normalizer(
         exact = sampled_log_normalizer(base, energy, strict=strict)
         return BoundedEstimate(*exact, exact.value, exact.value) if method == "ais" else exact
     model, independent = _tilted_model(base, energy, method)
-    options: dict[str, Any] = {"independent": independent, "seed": seed, "disable_progbar": True, "strict": strict}
+    options: dict[str, Any] = {"independent": independent, "seed": seed, "progress": False, "strict": strict}
     if method == "ais":
         return annealed_importance(model, num_chains=num, **options)
     islands = min(_BRIDGE_ISLANDS if method == "bridge" else _ISLANDS, max(num // 2, 1))

@@ -57,7 +57,7 @@ class SMC:
         seed: a number for the same draws twice; ``None`` uses the global generator.
         generator: a source of randomness instead of a seed.
         compile: hand the captured graph to ``torch.compile``.
-        disable_progbar: show no progress bar.
+        progress: show a progress bar.
         strict: raise instead of warn when the draws cannot be trusted.
 
     Raises:
@@ -75,7 +75,7 @@ class SMC:
         >>> def model():
         ...     pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         >>> tilted = tilt(model, {"z": LinearEnergy([2.0, 0.0])})  # N((2, 0), I), log Z = 2
-        >>> draws = SMC(tilted, num_particles=256, num_islands=4, seed=0, disable_progbar=True).run()
+        >>> draws = SMC(tilted, num_particles=256, num_islands=4, seed=0, progress=False).run()
         >>> draws.values["z"].shape, round(float(draws.log_z.value))
         (torch.Size([4, 256, 2]), 2)
     """
@@ -97,7 +97,7 @@ class SMC:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         compile: bool = False,
-        disable_progbar: bool = False,
+        progress: bool = True,
         strict: bool = False,
     ) -> None:
         if num_particles < 2 or num_islands < 1:
@@ -110,7 +110,7 @@ class SMC:
         self.annealing = Annealing(target_ess, num_moves, max_moves)
         self.num_particles, self.num_islands, self.guide, self.base = num_particles, num_islands, guide, base
         self.seed, self.generator, self.compile = seed, generator, compile
-        self.disable_progbar, self.strict = disable_progbar, strict
+        self.progress, self.strict = progress, strict
 
     def run(self, *args: Any, **kwargs: Any) -> Draws:
         """Carry the particles from the base to the target.
@@ -138,7 +138,7 @@ class SMC:
         path = path_to(self.kernel, args, kwargs, guide=self.guide, base=self.base)
         seed = random_seed(self.seed, self.generator)
         base_seed, generator = streams(seed, self.generator, path.target.like.device)
-        with path.quiet(), tqdm(desc="smc", disable=self.disable_progbar, unit=" temperatures") as bar:
+        with path.quiet(), tqdm(desc="smc", disable=not self.progress, unit=" temperatures") as bar:
             points = path.start(self.num_particles, self.num_islands, seed=base_seed, compile=self.compile)
             population = anneal(path, self.kernel, points, self.annealing, generator=generator, bar=bar)
             draws = _as_draws(path, population)

@@ -50,7 +50,8 @@ class MCMC:
         keep_warmup: keep the warm-up in ``draws.warmup``.
         compile: hand the captured graph to ``torch.compile``: seconds first, then faster.
         capture: ``False`` runs the model at each step.
-        disable_progbar: show no progress bar.
+        progress: show a progress bar.
+        disable_progbar: Pyro's word for ``not progress``; either will do.
         strict: raise instead of warn when the draws cannot be trusted.
 
     Raises:
@@ -62,7 +63,7 @@ class MCMC:
         >>> from pyro_ebm import ChEES, MCMC
         >>> def model():
         ...     pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        >>> mcmc = MCMC(ChEES(model), num_samples=50, warmup_steps=50, num_chains=32, seed=0, disable_progbar=True)
+        >>> mcmc = MCMC(ChEES(model), num_samples=50, warmup_steps=50, num_chains=32, seed=0, progress=False)
         >>> mcmc.run().values["z"].shape
         torch.Size([32, 50, 2])
     """
@@ -83,7 +84,8 @@ class MCMC:
         keep_warmup: bool = False,
         compile: bool = False,
         capture: bool = True,
-        disable_progbar: bool = False,
+        progress: bool = True,
+        disable_progbar: bool | None = None,
         strict: bool = False,
     ) -> None:
         if not isinstance(kernel, Kernel):
@@ -105,7 +107,8 @@ class MCMC:
         self.kernel, self.num_samples, self.warmup_steps = kernel, num_samples, warmup_steps
         self.initial_params, self.num_chains, self.init, self.guide = initial_params, num_chains, init, guide
         self.thin, self.seed, self.generator = thin, seed, generator
-        self.keep_warmup, self.strict, self.disable_progbar = keep_warmup, strict, disable_progbar
+        self.keep_warmup, self.strict = keep_warmup, strict
+        self.progress = progress if disable_progbar is None else not disable_progbar
         self.graph = "compiled" if compile else "captured" if capture else "eager"
         self._draws: Draws | None = None
 
@@ -143,7 +146,7 @@ class MCMC:
             generator = torch.Generator(u.device).manual_seed(random_seed(None, generator))
         total = self.warmup_steps + self.num_samples * self.thin
         notes = {"init": rule, "num_samples": self.num_samples, "warmup_steps": self.warmup_steps, "thin": self.thin}
-        with tqdm(total=total, desc=self.kernel.name, disable=self.disable_progbar, mininterval=0.5) as bar:
+        with tqdm(total=total, desc=self.kernel.name, disable=not self.progress, mininterval=0.5) as bar:
             chains = Chains(self.kernel, density, u, generator=generator, graph=self.graph, bar=bar)
             try:
                 chains.warm_up(self.warmup_steps, keep=self.keep_warmup)

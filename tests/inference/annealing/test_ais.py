@@ -45,7 +45,7 @@ def ten():
 
 def run(target, *args, seed=0, **options):
     options = {"num_chains": 256, "num_groups": 16, "num_temperatures": 16} | options
-    return annealed_importance(target, *args, seed=seed, disable_progbar=True, **options)
+    return annealed_importance(target, *args, seed=seed, progress=False, **options)
 
 
 def brackets(log_z, truth, *, max_gap=1.0):
@@ -222,7 +222,7 @@ def test_errors():
         ({"num_groups": 1}, "num_groups must be at least 2"),
         ({"num_chains": 15}, "num_chains at least twice that, got 16 and 15"),
         ({"num_temperatures": 0}, "num_temperatures must be at least 1, got 0"),
-        ({"confidence": 1.0}, "confidence must lie between 0 and 1, got 1.0"),
+        ({"prob": 1.0}, "prob must lie between 0 and 1, got 1.0"),
         ({"kernel": ULA}, "kernel must leave its target invariant, which ULA does not"),
         ({"kernel": HMC(ten)}, "kernel was made for another target"),
         ({"generator": torch.Generator()}, "seed and generator both given"),

@@ -46,7 +46,7 @@ def run(target, *args, kernel=None, num_particles=256, num_islands=8, seed=0, **
         num_particles=num_particles,
         num_islands=num_islands,
         seed=seed,
-        disable_progbar=True,
+        progress=False,
         **options,
     )
     return smc.run(*args)

@@ -18,7 +18,7 @@ from pyro_ebm.inference.chains.mcmc import MCMC
 from pyro_ebm.inference.kernels.hmc import HMC, ChEES
 from pyro_ebm.inference.kernels.langevin import MALA, ULA
 
-QUIET = {"seed": 0, "disable_progbar": True}
+QUIET = {"seed": 0, "progress": False}
 GAUSSIAN = LogDensity(lambda u: -0.5 * (u**2).sum(-1), 2)
 KERNELS = {"chees": ChEES, "hmc": HMC, "mala": MALA, "ula": ULA}
 

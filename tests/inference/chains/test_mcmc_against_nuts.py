@@ -85,7 +85,7 @@ def light_tails(draws):
 @pytest.mark.parametrize("name", MODELS)
 def test_agrees_with_nuts(name):
     model = MODELS[name]
-    options = {"num_samples": 200, "num_chains": 128, "seed": 0, "disable_progbar": True}
+    options = {"num_samples": 200, "num_chains": 128, "seed": 0, "progress": False}
     draws = {
         "nuts": pyro_nuts(model, num_samples=300, warmup_steps=100, num_chains=1, seed=0, progress=False),
         "chees": MCMC(ChEES(model, target_accept_prob=0.8), warmup_steps=300, **options).run(),

@@ -173,7 +173,7 @@ def test_the_reason_is_in_the_notes():
         return -u.pow(2).sum(-1) if bool((u < 99).all()) else -u.abs().sum(-1)
 
     notes = [
-        MCMC(HMC(LogDensity(each, 1)), 3, 5, num_chains=32, seed=0, disable_progbar=True).run().notes
+        MCMC(HMC(LogDensity(each, 1)), 3, 5, num_chains=32, seed=0, progress=False).run().notes
         for each in (log_prob, lambda u: -u.pow(2).sum(-1))
     ]
     assert notes[0]["graph"] == "eager" and "data-dependent" in notes[0]["graph_problem"]
@@ -202,7 +202,7 @@ def test_parameters_that_want_gradients_are_left_alone():
 def test_the_next_run_sees_new_weights():
     energy = LinearEnergy([0.0])
     model = tilt(lambda: pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1)), {"z": energy})
-    mcmc = MCMC(HMC(model), 100, 50, num_chains=64, seed=0, disable_progbar=True)
+    mcmc = MCMC(HMC(model), 100, 50, num_chains=64, seed=0, progress=False)
     first = float(mcmc.run().mean("z"))
     with torch.no_grad():
         energy.a.fill_(3.0)

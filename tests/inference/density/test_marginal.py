@@ -110,7 +110,7 @@ def test_chains_follow_the_tilted_gaussian_although_the_encoder_is_wrong():
     vae = LinearVAE(width=1.5, shift=0.1)
     density = marginal_density(vae, LinearEnergy(A), num_particles=2)
     init = {"x": DATA.sample((64,)), "noise": torch.randn(64, 2, 2)}
-    mcmc = MCMC(ChEES(density), num_samples=50, warmup_steps=50, num_chains=64, seed=0, init=init, disable_progbar=True)
+    mcmc = MCMC(ChEES(density), num_samples=50, warmup_steps=50, num_chains=64, seed=0, init=init, progress=False)
     x = mcmc.run().values["x"]
     assert (abs(x.mean((0, 1)) - (B + COVARIANCE @ A)) < 5 * torch.as_tensor(mcse_mean(x))).all()
     squares = (x - (B + COVARIANCE @ A)).square()

@@ -103,7 +103,7 @@ def test_log_z_and_means_of_a_linear_tilt_by_importance():
 
 def test_chains_on_the_noise_follow_the_tilted_gaussian():
     noise = noncentered(tilt(single, {"x": LinearEnergy(A)}))
-    mcmc = MCMC(ChEES(noise), num_samples=60, warmup_steps=60, num_chains=64, seed=0, disable_progbar=True)
+    mcmc = MCMC(ChEES(noise), num_samples=60, warmup_steps=60, num_chains=64, seed=0, progress=False)
     draws = centered(noise, mcmc.run())
     assert (abs(draws.mean("x") - MEAN) < 5 * torch.as_tensor(mcse_mean(draws.values["x"]))).all()
     squares = (draws.values["x"] - MEAN).square()
@@ -113,7 +113,7 @@ def test_chains_on_the_noise_follow_the_tilted_gaussian():
 
 def test_particles_are_turned_back_too():
     noise = noncentered(tilt(single, {"x": LinearEnergy(A)}))
-    draws = SMC(noise, num_particles=100, num_islands=8, seed=0, disable_progbar=True).run()
+    draws = SMC(noise, num_particles=100, num_islands=8, seed=0, progress=False).run()
     back = centered(noise, draws)
     z, eps = draws.values["z_decentered"], draws.values["x_decentered"]
     torch.testing.assert_close(back.values["x"], x_of(z, eps))

@@ -24,7 +24,7 @@ from pyro_ebm.inference.kernels.hmc import HMC, ChEES
 from pyro_ebm.inference.kernels.kernel import Info, State, Tuning
 from pyro_ebm.inference.kernels.langevin import MALA
 
-QUIET = {"seed": 0, "disable_progbar": True}
+QUIET = {"seed": 0, "progress": False}
 
 
 def normal(scales):
@@ -248,7 +248,7 @@ def test_scales_of_the_median_datum_decide_on_the_length():
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     kernel = ChEES(model, independent="data")
-    draws = MCMC(kernel, 5, 200, num_chains=8, seed=0, disable_progbar=True).run(torch.zeros(200, 2))
+    draws = MCMC(kernel, 5, 200, num_chains=8, seed=0, progress=False).run(torch.zeros(200, 2))
     assert 0.9 < draws.notes["trajectory_length"] < 4
 
 
@@ -321,7 +321,7 @@ def test_chains_in_the_tail_of_a_half_cauchy_prior_come_back(kernel):
             eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
 
-    draws = MCMC(kernel(schools), 60, 200, num_chains=512, init="prior", seed=1, disable_progbar=True).run()
+    draws = MCMC(kernel(schools), 60, 200, num_chains=512, init="prior", seed=1, progress=False).run()
     assert draws.notes["rescued"] > 0
     assert float(draws.stats["acceptance_rate"].mean(1).min()) > 0.3
     assert float(draws.values["tau"].max()) < 150

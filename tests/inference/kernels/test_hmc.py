@@ -124,7 +124,7 @@ def test_one_transition_keeps_the_law(kernel):
         pyro.sample("z", dist.Gamma(torch.full((2,), 2.0), 1.0).to_event(1))
 
     fixed = {"step_size": 0.7, "adapt_step_size": False, "adapt_mass_matrix": False, "trajectory_length": 1.4}
-    z = MCMC(kernel(model, **fixed), 2, 0, num_chains=20_000, init="prior", seed=0, disable_progbar=True).run()
+    z = MCMC(kernel(model, **fixed), 2, 0, num_chains=20_000, init="prior", seed=0, progress=False).run()
     values = z.values["z"][:, -1].double()
     assert z.stats["acceptance_rate"].mean() < 0.98
     for found, exact in ((values, 2.0), (values**2, 6.0), (values.log(), 1 - 0.5772157)):
@@ -136,7 +136,7 @@ def test_velocities_have_nothing_to_do_with_the_starting_points():
         pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
 
     kernel = HMC(model, step_size=0.08, num_steps=10, adapt_step_size=False, adapt_mass_matrix=False)
-    z = MCMC(kernel, 1, 0, num_chains=4000, init="prior", seed=0, disable_progbar=True).run().values["z"]
+    z = MCMC(kernel, 1, 0, num_chains=4000, init="prior", seed=0, progress=False).run().values["z"]
     assert float(z.var()) == pytest.approx(1.0, abs=4 * math.sqrt(2 / 4000))
 
 

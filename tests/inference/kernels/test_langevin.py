@@ -21,7 +21,7 @@ def normal(scale, dim=1):
 
 
 def run(kernel, num_samples, warmup_steps=100, **options):
-    options = {"num_chains": 256, "seed": 0, "disable_progbar": True, **options}
+    options = {"num_chains": 256, "seed": 0, "progress": False, **options}
     return MCMC(kernel, num_samples, warmup_steps, **options).run()
 
 
