@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-import pyro_ebm.inference.annealing as annealing
+import pyro_ebm.inference.annealing.population as population
 from pyro_ebm import (
     MALA,
     ULA,
@@ -246,14 +246,14 @@ def test_kernels_keep_their_own_settings():
     target = tilt(prior, {"z": LinearEnergy([2.0, 0.0])})
     kernel = MALA(target, step_size=0.5, adapt_step_size=False, adapt_mass_matrix=False)
     path_tunings = []
-    original = annealing.Rung
+    original = population.Rung
 
     def spy(*args):
         path_tunings.append(args[1])
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annealing, "Rung", spy)
+        patch.setattr(population, "Rung", spy)
         draws = run(target, kernel=kernel)
     assert_log_z(draws, 2.0)
     assert all((tuning.step_size == 0.5).all() and (tuning.inverse_mass == 1).all() for tuning in path_tunings)
