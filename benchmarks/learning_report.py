@@ -60,8 +60,8 @@ of p(. given z). Images of few strokes have high likelihood under any model, whe
 expected of them is subtracted here. Excess + rate is thus the negative ELBO minus that entropy."""
 LOG_Z = """\
 A standard normal tilted by a linear or a quadratic energy as strong in every dimension, so that log Z is known in any
-of them; KL says how many nats the tilted law lies from its base. Each method has the number of draws it takes by
-default, and the same seeds. z is the error in the estimate's own standard errors; mean z^2 of an estimate without bias
+of them; KL says how many nats the tilted distribution lies from its base. Each method has the number of draws it takes
+by default, and the same seeds. z is the error in the estimate's own standard errors; mean z^2 of an unbiased estimate
 is 1 where the standard error is known, 1.07 where 32 nets tell it (`qmc`), 1.15 with 16 islands or groups (`bridge`,
 `ais`) and 1.4 with 8 (`smc`)."""
 AGAIN = """\

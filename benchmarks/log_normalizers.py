@@ -1,7 +1,7 @@
 r"""``python -m benchmarks.log_normalizers``: estimates of log Z against exact answers, over many seeds.
 
 A standard normal tilted by a linear or a quadratic energy, whose log Z is known. The energy is as strong in every
-dimension: so many nats (KL) from the tilted law to its base. Each method with its own number of draws, as users get it.
+dimension: so many nats (KL) from the tilted distribution to its base. Each method takes its default number of draws.
 """
 
 from __future__ import annotations

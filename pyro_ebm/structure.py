@@ -68,7 +68,7 @@ class ModelStructure:
         return {name: self.plates[sites[0]][name] for name in sorted(shared)}
 
     def is_pooled(self, sites: list[str]) -> bool:
-        """Whether the independent copies of the sites, along their free plates, all have one law."""
+        """Whether the independent copies of the sites, along their free plates, all have one distribution."""
         involved = set(sites).union(*(self.ancestors[site] for site in sites))
         plates = set(self.free_plates(sites))
         return not involved & self.uses_inputs and not any(self.varying[site] & plates for site in involved)
@@ -148,7 +148,7 @@ def log_prob_of(site: Mapping[str, Any]) -> torch.Tensor:
 
 
 def unmasked(distribution: Any) -> Any:
-    """The distribution without its masks, which hide log probabilities: the law is the same."""
+    """The distribution without its masks, which hide log probabilities and change no draw."""
     while isinstance(distribution, MaskedDistribution):
         distribution = distribution.base_dist
     return distribution

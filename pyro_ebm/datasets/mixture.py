@@ -27,7 +27,7 @@ class GaussianMixture2D:
     .. math:: p_{biased}(x) = \sum_c b_c N(x; \mu_c, s^2 I), \quad p_{balanced}(x) = \sum_c w_c N(x; \mu_c, s^2 I)
 
     The tilt that does it is :attr:`energy`, ``log p_biased - log p_balanced``, with log Z = 0. What is asked of any
-    other tilt of the biased law is answered on a grid, in double precision.
+    other tilt of the biased distribution is answered on a grid, in double precision.
 
     Args:
         weights: (components,) balanced weights w.
@@ -36,8 +36,8 @@ class GaussianMixture2D:
         scale: standard deviation of every component.
 
     Attributes:
-        balanced: the balanced law, event_shape (2,).
-        biased: the biased law.
+        balanced: the balanced distribution, event_shape (2,).
+        biased: the biased distribution.
         energy: the exact tilt from biased to balanced.
 
     Raises:
@@ -73,7 +73,7 @@ class GaussianMixture2D:
         self._points, self._log_base = self._grid()
 
     def model(self, x: Tensor | None = None) -> Tensor:
-        """The biased law as a Pyro model with the site ``"x"``: to train a tilt of it on data, or to sample.
+        """The biased distribution as a Pyro model with the site ``"x"``: to train a tilt of it on data, or to sample.
 
         Args:
             x: (n, 2) data, in the plate ``"data"``; one draw without plate where ``None``.
@@ -91,7 +91,7 @@ class GaussianMixture2D:
 
         Args:
             num_samples: how many.
-            biased: from the biased or from the balanced law.
+            biased: from the biased or from the balanced distribution.
             seed: a number for the same draws twice; ``None`` uses the global generator.
         """
         with random_stream(seed):
@@ -105,7 +105,7 @@ class GaussianMixture2D:
         return (weights.log().to(x) + self._log_components(x)).softmax(-1)
 
     def expectation(self, function: Callable[[Tensor], Tensor], energy: Energy | None = None) -> Tensor:
-        """Mean of a function (n, 2) -> (n, *shape) under the biased law tilted by an energy."""
+        """Mean of a function (n, 2) -> (n, *shape) under the biased distribution tilted by an energy."""
         with torch.no_grad():
             values = function(self._points)
         return torch.tensordot(self._tilted(energy).softmax(0).to(values), values, dims=1)
@@ -115,29 +115,29 @@ class GaussianMixture2D:
         return self._tilted(energy).logsumexp(0)
 
     def log_prob(self, x: Tensor, energy: Energy | Callable[[Tensor], Tensor]) -> Tensor:
-        """Normalized log density of the biased law tilted by an energy, (*batch, 2) to (*batch,)."""
+        """Normalized log density of the biased distribution tilted by an energy, (*batch, 2) to (*batch,)."""
         return self.biased.log_prob(x) - as_energy(energy)(x) - self.log_z(energy).to(x)
 
     def kl(self, energy: Energy | Callable[[Tensor], Tensor]) -> Tensor:
-        """KL divergence of the tilted from the biased law, in nats: the price of the tilt."""
+        """KL divergence of the tilted from the biased distribution, in nats: the price of the tilt."""
         log_prob = self._tilted(energy).log_softmax(0)
         return _sum(log_prob.exp(), log_prob - self._log_base)
 
     def kl_from_balanced(self, energy: Energy | Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """KL divergence of the balanced law from the tilted one: what maximum likelihood on balanced data lessens."""
+        """KL divergence of the balanced distribution from the tilted one; maximum likelihood lowers it."""
         log_prob = self._tilted(self.energy).log_softmax(0)
         return _sum(log_prob.exp(), log_prob - self._tilted(energy).log_softmax(0))
 
     def density_error(self, energy: Energy | Callable[[Tensor], Tensor] | None = None) -> float:
-        """Total variation distance of the tilted from the balanced law, between 0 and 1."""
+        """Total variation distance of the tilted from the balanced distribution, between 0 and 1."""
         balanced, tilted = (self._tilted(e).softmax(0) for e in (self.energy, energy))
         return 0.5 * float((balanced - tilted).abs().sum())
 
     def class_weights(self, energy: Energy | None = None) -> Tensor:
-        """Shares of the classes under the tilted law, (components,).
+        """Shares of the classes under the tilted distribution, (components,).
 
-        A point belongs to its classes as :meth:`responsibilities` say: of the biased law without an energy, of the
-        balanced one with it. Exact tilting gives exactly the balanced weights.
+        A point belongs to its classes as :meth:`responsibilities` say: of the biased distribution without an energy,
+        of the balanced one with it. Exact tilting gives exactly the balanced weights.
         """
         return self.expectation(lambda x: self.responsibilities(x, biased=energy is None), energy)
 

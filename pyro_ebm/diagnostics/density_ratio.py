@@ -76,7 +76,7 @@ def density_ratio(numerator: Tensor, denominator: Tensor, *, seed: int = 0) -> D
 
     A classifier's log odds between the two sets are ``log p_num(x) - log p_den(x) + log n_num - log n_den``.
     It is a logistic regression on kernel features of the principal components. Each datum is judged by a
-    classifier fitted without it, in five folds: one that knew it by heart would call it what it is, with a
+    classifier fitted without it, in five folds: one that has memorized it would call it what it is, with a
     weight near zero. The ridge penalty is the one with the best log loss there.
 
     Args:

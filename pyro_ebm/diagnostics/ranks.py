@@ -119,7 +119,7 @@ def _score(found: Tensor, expected: Tensor) -> float:
 
 
 def _describe(shift: float, spread: float) -> str:
-    """Which way ranks leave the uniform law, where that is clear."""
+    """Which way ranks leave the uniform distribution, where that is clear."""
     if max(abs(shift), abs(spread)) < 2.5:
         return "ranks not uniform"
     if abs(shift) >= abs(spread):

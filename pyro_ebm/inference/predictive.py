@@ -51,7 +51,7 @@ def predictive(
         site -> tensor (num_samples, *site_shape).
 
     Raises:
-        ValueError: where a tilted site is not among ``draws`` (given the others its law is not the model's);
+        ValueError: where a tilted site is not among ``draws`` (given the others its distribution is not the model's);
             where ``draws`` do not fit the model; where, without ``draws``, the model has factors of its own.
     """
     if num_samples < 1:

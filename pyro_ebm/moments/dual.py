@@ -114,7 +114,7 @@ def group_error(
     Args:
         cloud: the draws.
         multipliers: (k,) where their weights are taken.
-        statistic: maps the mean weight (), the mean of weight times features (k,), and log Z over that of the law
+        statistic: maps the mean weight (), the mean of weight times features (k,), and log Z over that of the base
             before the tilt (), to (m,).
 
     Returns:

@@ -14,9 +14,9 @@ __all__ = ["MomentEnergy"]
 
 
 class MomentEnergy(Energy):
-    r"""``E(v) = -lambda . f(v)``, the exponential family of the features ``f`` over a base law.
+    r"""``E(v) = -lambda . f(v)``, the exponential family of the features ``f`` over a base distribution.
 
-    With the right multipliers ``lambda`` it is the law nearest to the base, in KL divergence, whose features have
+    With the right multipliers ``lambda`` it is the one nearest to the base, in KL divergence, whose features have
     given means: :func:`fit_moments` finds them. Features may be any function of the value, for example
     class probabilities of the image decoded from it. Features without a gradient (labels, counts, scikit-learn) are
     fine for importance sampling and SMC; gradients of the energy then lack them, so that moves of HMC or

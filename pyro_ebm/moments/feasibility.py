@@ -1,4 +1,4 @@
-"""Which means a law can have under any tilt: redundant features, and the hull that targets must lie inside."""
+"""Which means a distribution can have under any tilt: redundant features, and the hull that targets must lie inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fit_moments(): the least change of a law under which chosen features have given means."""
+"""fit_moments(): the least change of a distribution under which chosen features have given means."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MomentFit:
         target: (k,) what was asked for.
         moments: (k,) means of the features under the fitted tilt, from draws that lambda has not seen.
         moments_se: (k,) their standard errors; those of lambda come on top.
-        kl: KL divergence of the fitted tilt from the law before, in nats, with its error: the price of the constraint.
+        kl: KL divergence of the fitted tilt from the base, in nats, with its error: the price of the constraint.
         ess: effective sample size of the weighted draws that lambda was found with, per draw.
         pareto_k: of the same weights.
         method: ``"exact"``, ``"qmc"``, ``"importance"`` or ``"smc"``: what was used in the end.
@@ -87,7 +87,7 @@ def fit_moments(
     elsewhere: they are then right under the sum ``learned + energy``, and the KL is that from the learned one.
 
     Args:
-        base: law of the value, batch_shape () (or all elements alike), event_shape (*event); for SMC, continuous.
+        base: of the value; batch_shape () (or all elements alike), event_shape (*event); for SMC, continuous.
         energy: the features; its multipliers are replaced in place, and left alone where the fit fails.
         target: (k,) the means wanted.
         method: where draws come from: ``"auto"``; the base only (``"importance"``, ``"qmc"``); ``"smc"`` at once.
@@ -102,7 +102,7 @@ def fit_moments(
     Raises:
         TypeError: energy not a :class:`MomentEnergy`.
         ValueError: a target of the wrong shape, not finite, that contradicts a constant combination of features
-            (probabilities that must sum to one), or outside or at the boundary of what any law can reach; features
+            (probabilities that must sum to one), or outside or at the boundary of what any tilt can reach; features
             not finite.
         InferenceError: a target not reached in 16 rounds, or that draws of the base cannot tell; with ``strict``,
             where an :class:`InferenceWarning` would be given.
@@ -127,7 +127,8 @@ def fit_moments(
         raise ValueError(f"num_samples must be at least {20 * _GROUPS}, got {num_samples}")
     if not is_exchangeable(base):
         raise ValueError(
-            f"base must be one law, got batch_shape {tuple(base.batch_shape)} with elements that differ; fit each alone"
+            f"base must be one distribution, got batch_shape {tuple(base.batch_shape)} with elements that differ"
+            "; fit each alone"
         )
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     with torch.no_grad():
@@ -198,7 +199,7 @@ class _Source:
         """Draws of the tilt at these multipliers, an island a group."""
         if self.base.batch_shape:
             raise ValueError(
-                f"base must have batch_shape () for SMC, got {tuple(self.base.batch_shape)}; give one element's law"
+                f"base must have batch_shape () for SMC, got {tuple(self.base.batch_shape)}; give one element"
             )
         tilted: Energy = MomentEnergy(self.energy.features, multipliers.to(self.dtype))
         tilted = tilted if self.given is None else self.given + tilted
@@ -341,7 +342,7 @@ class _Search:
 
 
 def _unwrapped(base: Distribution) -> tuple[Energy | None, Distribution]:
-    """The tilt that a base already has, and its untilted law."""
+    """The tilt that a base already has, and its untilted distribution."""
     given: Energy | None = None
     while isinstance(base, TiltedDistribution):
         given = base.energy if given is None else base.energy + given

@@ -58,7 +58,7 @@ class ContrastiveDivergence:
 
     Raises:
         TypeError, ValueError: an argument out of its range; in a call, a site with random parents, a
-            discrete one, or one whose law differs from datum to datum.
+            discrete one, or one whose distribution differs from datum to datum.
 
     Reference:
         Hinton (2002), Training products of experts by minimizing contrastive divergence. Tieleman (2008). Du
@@ -158,7 +158,7 @@ class ContrastiveDivergence:
         return state.u
 
     def _tuning(self, kernel: Kernel, data: Tensor, learning: bool) -> Tuning:
-        tuning = initial_tuning(kernel, data)  # scales from the data: the chains' own would bend their law
+        tuning = initial_tuning(kernel, data)  # scales from the data: the chains' own would bend their distribution
         if self.step_size is not None:
             tuning = tuning._replace(step_size=torch.full_like(tuning.step_size, self.step_size))
         if len(data) < _ENOUGH_DATA and self._scales is not None:  # the last batch of an epoch may be small

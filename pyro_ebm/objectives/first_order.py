@@ -39,7 +39,7 @@ class FirstOrder:
             al.). The third regularizer in use, squared weights, is ``weight_decay`` of the optimizer.
 
     Raises:
-        ValueError: an argument out of its range; in a call, a site whose law differs from datum to datum.
+        ValueError: an argument out of its range; in a call, a site whose distribution differs from datum to datum.
 
     Reference:
         Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville (2017), Improved training of Wasserstein GANs.

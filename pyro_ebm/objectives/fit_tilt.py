@@ -56,13 +56,13 @@ def fit_tilt(
     - ``"elbo"``: ``sum_i E_{q(z|x_i)}[-E(z)] - n log Z``, a lower bound of the former but for a constant, with new
       draws of the guide at every step (:class:`TiltELBO`).
 
-    The first is sharper in few dimensions. In many, a network tells the draws that were made once from all others: it
-    learns them by heart, and log Z, whose own draws never come near, does not notice. New draws cannot be learned so:
-    ``"auto"`` takes the ELBO beyond four dimensions, and wherever the weights rest on few draws.
+    The first is sharper in few dimensions. In many, a network overfits the draws that were made once, and log Z,
+    whose own draws never come near them, does not notice. New draws at every step prevent that: ``"auto"`` takes the
+    ELBO beyond four dimensions, and wherever the weights rest on few draws.
 
     Args:
         model: what ``tilt(model, {"site": energy})`` returns: one tilted site, without random parents, of
-            the same law for every datum, inside one plate (dim -1) along the data.
+            the same distribution for every datum, inside one plate (dim -1) along the data.
         guide: draws the latent sites given ``x``.
         x: reference data (n, *event).
         bound: ``"exact"``, ``"elbo"`` or ``"auto"``: exact where the site has at most four dimensions and the weights
@@ -104,7 +104,7 @@ def fit_tilt(
         )
     if model.structure(x).ancestors[site] or not is_exchangeable(base):
         raise ValueError(
-            f"fit_tilt needs a site whose law is the same for every datum, but {site!r} has random parents "
+            f"fit_tilt needs a site whose distribution is the same for every datum, but {site!r} has random parents "
             f"or depends on inputs; use fit(model, guide, x, objective=pyro.infer.Trace_ELBO(), train=energy)"
         )
     draw = functools.partial(posterior_draws, model.base_model, guide, num_samples=num_particles, seed=seed)

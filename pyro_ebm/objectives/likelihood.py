@@ -28,7 +28,7 @@ class TiltLikelihood:
     in place of ``log E[exp(-E(z))]``, which prefers energies that are flat across each posterior.
 
     Args:
-        base: law of the tilted site before the tilt, event shape (*event), the same for all data.
+        base: distribution of the tilted site before the tilt, event shape (*event), the same for all data.
     """
 
     def __init__(self, base: Distribution) -> None:

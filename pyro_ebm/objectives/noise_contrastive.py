@@ -17,7 +17,7 @@ __all__ = ["NoiseContrastive"]
 
 
 class NoiseContrastive:
-    r"""Noise-contrastive estimation between the tilted site given the data and the site's law before the tilt.
+    r"""Noise-contrastive estimation between the tilted site given the data and the site's distribution before the tilt.
 
     .. math:: \sum_i \log(1 + \nu e^{E(v_i)}) + \sum_{j \le \nu n} \log(1 + e^{-E(\tilde v_j)} / \nu), \qquad
         \tilde v_j \sim p(v)
@@ -39,7 +39,7 @@ class NoiseContrastive:
         normalize: let log Z enter.
 
     Raises:
-        ValueError: an argument out of its range; in a call, a site whose law differs from datum to datum.
+        ValueError: an argument out of its range; in a call, a site whose distribution differs from datum to datum.
 
     Reference:
         Gutmann and Hyvaerinen (2010), Noise-contrastive estimation. Aneja, Schwing, Kautz, Vahdat (2021), A contrastive

@@ -1,4 +1,4 @@
-"""What a tilt is told to make likely, and the law it starts from: the two samples that objectives contrast."""
+"""What a tilt is told to make likely, and the distribution it starts from: the two samples that objectives contrast."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = [
 
 
 class Positives(NamedTuple):
-    """Draws of the tilted site given a batch, and the site's law before the tilt.
+    """Draws of the tilted site given a batch, and the site's distribution before the tilt.
 
     Args:
         site: name of the tilted site.
         values: (num, *event), without gradients; all batch dimensions of the site as one.
-        base: the one law of every element before the tilt. Its batch shape is that of the site in the model, so
+        base: the distribution of every element before the tilt. Its batch shape is that of the site in the model, so
             take draws and densities with :func:`draws_of` and :func:`base_log_prob`. None where the
-            site has random parents: its law is then known by draws only, see :func:`base_draws`.
+            site has random parents: its distribution is then known by draws only, see :func:`base_draws`.
     """
 
     site: str
@@ -60,12 +60,12 @@ def positives(
         model: a tilted model with one tilted site.
         guide: draws the site if it is latent; else not called.
         batch: arguments of model and guide.
-        need_base: refuse a site with random parents, whose law has no density at hand.
+        need_base: refuse a site with random parents, whose distribution has no density at hand.
 
     Raises:
         TypeError: a model that is not tilted.
         ValueError: several tilted sites; a latent site that the guide does not draw; elements of the
-            site that differ in law or in weight.
+            site that differ in distribution or in weight.
     """
     found, structure = _site(model, batch)
     site = found["name"]
@@ -80,7 +80,7 @@ def positives(
         reason = "has random parents" if structure.ancestors[site] else "depends on inputs"
         others = "NoiseContrastive or FirstOrder, which need draws of it only, or "
         raise ValueError(
-            f"this objective needs a site whose law is the same for every datum and has a density, but {site!r} "
+            f"this objective needs a site whose distribution is one for all data and has a density, but {site!r} "
             f"{reason}; use {others if structure.is_pooled([site]) else ''}an ELBO such as pyro.infer.Trace_ELBO()"
         )
     with torch.no_grad():
@@ -161,14 +161,14 @@ def base_draws(model: TiltedModel, batch: Sequence[Any], found: Positives, num: 
 
 @torch.no_grad()
 def draws_of(base: Distribution, num: int) -> Tensor:
-    """Draws (num, *event) of a law that is the same for all its batch elements."""
+    """Draws (num, *event) of a distribution that is the same for all its batch elements."""
     repeats = math.ceil(num / max(math.prod(base.batch_shape), 1))
     return base.sample(torch.Size([repeats])).reshape(-1, *base.event_shape)[:num]
 
 
 def base_log_prob(base: Distribution, values: Tensor) -> Tensor:
-    """Log density (num,) of values (num, *event) under a law that is the same for all its batch elements."""
-    copies, num = math.prod(base.batch_shape), len(values)  # some laws give a tuple for a shape
+    """Log density (num,) of values (num, *event) under a distribution that is the same for all its batch elements."""
+    copies, num = math.prod(base.batch_shape), len(values)  # some distributions give a tuple for a shape
     missing = -num % copies
     padded = torch.cat([values, values[:1].expand(missing, *base.event_shape)]) if missing else values
     return base.log_prob(padded.reshape(-1, *base.batch_shape, *base.event_shape)).reshape(-1)[:num]

@@ -1,4 +1,4 @@
-"""The sampling bound: a tilted prior that is the law of a procedure, so that finite draws give a true lower bound."""
+"""The sampling bound: a tilted prior that a procedure draws from, so that finite draws give a true lower bound."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class ShortRun:
     Raises:
         TypeError: in a call, a model that is not tilted.
         ValueError: an argument out of its range; in a call, a model with other latent sites than the tilted one, a
-            site that is not on the whole real line or whose law differs from datum to datum, or plates other than one
-            at dim -1 along the data.
+            site that is not on the whole real line or whose distribution differs from datum to datum, or plates other
+            than one at dim -1 along the data.
 
     Reference:
         Pang, Han, Nijkamp, Zhu, Wu (2020), Learning Latent Space Energy-Based Prior Model; their steps of 0.4 and

@@ -1,4 +1,4 @@
-"""The tilted law of one site as a distribution, usable inside ``pyro.sample``."""
+"""The tilt of a distribution as a distribution, usable inside ``pyro.sample``."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class TiltedDistribution(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008  (torch's own signature)
-        """Draw from the tilted law, shape (*sample, *batch, *event).
+        """Draw from the tilted distribution, shape (*sample, *batch, *event).
 
         Warns:
             InferenceWarning: when few distinct candidates carry the weight.

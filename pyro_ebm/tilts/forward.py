@@ -62,7 +62,7 @@ def forward_log_weights(
 
     Returns:
         (num_samples,) where all elements share one log Z: the tilted sites have no plate in common with all
-        they depend on, or have the same law in each of its elements. Else (num_samples, *plates) with the
+        they depend on, or have the same distribution in each of its elements. Else (num_samples, *plates) with the
         sizes of the plates along which they are independent, and 1 for the other plates.
 
     Raises:

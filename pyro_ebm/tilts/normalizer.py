@@ -124,7 +124,7 @@ def energy_state(energy: Energy) -> list[Tensor] | None:
 
 
 def is_exchangeable(base: Distribution) -> bool:
-    """Whether all batch elements of the base are known to have the same law."""
+    """Whether all batch elements of the base are known to have the same distribution."""
     if math.prod(base.batch_shape) == 1:
         return True
     parameters = base_parameters(base)
@@ -179,7 +179,7 @@ def site_log_weights(
         seed: stream of the draws; ``None`` continues (and advances) the global generator.
 
     Returns:
-        (num_samples,) where all batch elements share one law, else (num_samples, *batch). Bases with
+        (num_samples,) where all batch elements share one distribution, else (num_samples, *batch). Bases with
         enumerable support are summed exactly: weights then carry ``log p(v) + log(support size)``.
     """
     base = unmasked(base)
@@ -211,7 +211,7 @@ def site_log_weights(
 def enumerated(base: Distribution) -> tuple[Tensor, Tensor] | None:
     """All values of a scalar base of finite support and their log probabilities.
 
-    Shapes (support,) where all batch elements share one law, else (support, *batch).
+    Shapes (support,) where all batch elements share one distribution, else (support, *batch).
     """
     leaf, _ = _leaf(base)
     if len(base.event_shape) or not getattr(leaf, "has_enumerate_support", False):

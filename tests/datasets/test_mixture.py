@@ -68,7 +68,7 @@ def test_the_grid_gives_log_z_and_divergences():
     logs = torch.tensor([0.7, 0.2, 0.1]).double().log() + (TOY.locs.double() @ a.double())
     truth = logs.logsumexp(0) + 0.5 * TOY.scale**2 * a.double().square().sum()
     assert float(TOY.log_z(LinearEnergy(a))) == pytest.approx(float(truth), abs=1e-6)
-    # By Monte Carlo: both divergences between the laws, and the distance
+    # By Monte Carlo: both divergences between the distributions, and the distance
     x, y = TOY.biased.sample((20000,)), TOY.balanced.sample((20000,))
     ratio = TOY.energy(y)  # log biased - log balanced
     assert abs(TOY.kl(TOY.energy) + ratio.mean()) < 4 * ratio.std() / math.sqrt(20000)
@@ -91,7 +91,7 @@ def test_the_model_can_be_tilted_and_sampled():
     assert ((shares - TOY.weights).abs() < 4 * se).all()
     trace = poutine.trace(tilt(TOY.model, {"x": TOY.energy}, normalize=0.0)).get_trace(torch.zeros(7, 2))
     torch.testing.assert_close(trace.log_prob_sum(), 7 * TOY.balanced.log_prob(torch.zeros(2)))
-    # A gradient sampler asks where the law lives
+    # A gradient sampler asks where the distribution lives
     found = log_normalizer(TOY.biased, QuadraticEnergy(0.5), method="smc", num_samples=1024, seed=0)
     assert abs(found.value - TOY.log_z(QuadraticEnergy(0.5))) < 5.5 * found.se
 

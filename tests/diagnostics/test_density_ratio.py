@@ -23,7 +23,7 @@ def test_two_normals_in_closed_form():
     # The classifier fits what 800 points show: its slope has a standard error of about 0.09, and the ridge shrinks it.
     assert 0.6 < slope < 1.3
     assert torch.corrcoef(torch.stack([x, y]))[0, 1] > 0.9
-    # P(a > b) of draws of the two laws; its standard error at this size is 0.017.
+    # P(a > b) of draws of the two distributions; its standard error at this size is 0.017.
     exact = 0.5 * (1 + math.erf(1 / math.sqrt(2) / math.sqrt(2)))
     assert abs(found.auc - exact) < 4 * 0.017 + 0.01
 

@@ -65,7 +65,7 @@ def test_band_is_that_of_arviz(count: int, num_draws: int) -> None:
 
         expected = ecdf_confidence_band(count, points, points, prob=0.95, method="optimized")
     for found, theirs in zip(band[1:], expected, strict=True):
-        # levels lie between atoms of a discrete law, and theirs is approximate: one count apart at most
+        # levels lie between atoms of a discrete distribution, and theirs is approximate: one count apart at most
         assert (np.abs(found.numpy() - theirs) * count).max() < 1.01
 
 

@@ -121,7 +121,7 @@ def test_chains_start_at_the_data_or_go_on_from_the_buffer():
 
 
 def test_masked_data_and_bounds_stored_for_each_datum():
-    """17 of 20 elements of a plate whose law has its bounds stored 20 times."""
+    """17 of 20 elements of a plate whose distribution has its bounds stored 20 times."""
     mask = torch.arange(20) < 17
 
     def model(x):

@@ -1,4 +1,4 @@
-"""positives(): draws of the tilted site given the data, its law before the tilt, and refusals."""
+"""positives(): draws of the tilted site given the data, its distribution before the tilt, and refusals."""
 
 from __future__ import annotations
 

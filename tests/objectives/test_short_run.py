@@ -1,4 +1,4 @@
-"""ShortRun on a linear Gaussian model, where the law of a chain after any number of steps is known."""
+"""ShortRun on a linear Gaussian model, where the distribution of a chain after any number of steps is known."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def model(x):
 
 
 def posterior(x):
-    """Stands for p(z | x): its law is all that the objective sees of the base model."""
+    """Stands for p(z | x): its distribution is all that the objective sees of the base model."""
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(x, SCALE).to_event(1))
 

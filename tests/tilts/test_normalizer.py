@@ -106,7 +106,7 @@ def test_learning_parameters_are_never_pooled():
     assert grad[1] != 0 and grad[0] == grad[2] == 0
 
 
-# (distribution of two elements with different laws, the same with one law): parameters hide in many places
+# (distribution whose two elements differ, the same with equal ones): parameters hide in many places
 TWO = torch.tensor([0.5, 2.0])
 SAME = torch.tensor([0.5, 0.5])
 FAMILIES = {
@@ -142,13 +142,13 @@ def test_each_datum_has_its_own_law_whatever_the_family(family):
     different = log_normalizer(FAMILIES[family](TWO), energy, seed=0)
     assert different.value.shape == (2,)
     assert different.value[1] != different.value[0]
-    for element in (0, 1):  # the same number as the element gets when both have its law
+    for element in (0, 1):  # the same number as the element gets when both have its distribution
         alone = log_normalizer(FAMILIES[family](TWO[element].expand(2).clone()), energy, seed=1)
         alone_value, alone_se = (part.reshape(-1)[0] for part in alone)
         error = (alone_se**2 + different.se[element] ** 2).sqrt()
         assert abs(alone_value - different.value[element]) <= 4 * error
     same = log_normalizer(FAMILIES[family](SAME), energy, seed=0)
-    hidden = family in ("zero-inflated", "transformed", "mixture")  # the law cannot be compared: no pooling
+    hidden = family in ("zero-inflated", "transformed", "mixture")  # the distribution cannot be compared: no pooling
     assert same.value.shape == ((2,) if hidden else ())
 
 

@@ -50,7 +50,7 @@ def hierarchy(y=None, *, tau=0.7):
 
 
 def covariates(c):
-    """p(z | c): a root whose law depends on the inputs."""
+    """p(z | c): a root whose distribution depends on the inputs."""
     with pyro.plate("data", len(c)):
         z = pyro.sample("z", dist.Normal(c, 1.0))
         return pyro.sample("x", dist.Normal(z, 0.5))

@@ -335,7 +335,7 @@ def test_stock_svi_learns_energy_and_base():
 
 
 def test_local_tilt_renormalizes_for_each_parent():
-    """p(y | mu) exp(a y) / Z(mu) leaves mu's law alone: y is N(mu + a, 1), mu stays N(0, 1)."""
+    """p(y | mu) exp(a y) / Z(mu) leaves mu's distribution alone: y is N(mu + a, 1), mu stays N(0, 1)."""
 
     def model():
         mu = pyro.sample("mu", dist.Normal(torch.zeros(1), 1.0).to_event(1))

@@ -68,8 +68,8 @@ def annealed_importance(
         prob: probability that both bounds hold.
         draws: exact draws of the target to go back from, at least ``num_chains``, instead of the particles of SMC;
             a :class:`Draws` or values by site, (num, *site_shape).
-        guide: a law of the latent sites to start from instead of the prior.
-        base: a law of points in unconstrained space, as in :class:`SMC`.
+        guide: a distribution of the latent sites to start from instead of the prior.
+        base: a distribution of points in unconstrained space, as in :class:`SMC`.
         independent: as in :class:`SMC`.
         vectorize: as in :class:`SMC`.
         seed: a number for the same answer twice; ``None`` uses the global generator.

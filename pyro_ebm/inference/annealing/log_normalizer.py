@@ -53,7 +53,7 @@ def log_normalizer(
 
     Args:
         base: distribution with batch_shape (*batch) and event_shape (*event); for ``"smc"``, ``"bridge"`` and ``"ais"``
-            continuous and, where batch elements differ in law, with one batch dimension.
+            continuous and, where batch elements differ, with one batch dimension.
         energy: maps (..., *event) to (...).
         method: one of ``"importance"``, ``"qmc"``, ``"smc"``, ``"bridge"``, ``"ais"``.
         num_samples: draws of the base in all, 16,384 by default; particles (8,192; for ``"bridge"`` as many draws
@@ -62,7 +62,7 @@ def log_normalizer(
         strict: raise instead of warn when the estimate cannot be trusted.
 
     Returns:
-        ``(value, se)``, each 0-d where all batch elements share one law, else (*batch); with ``"ais"`` also
+        ``(value, se)``, each 0-d where all batch elements share one distribution, else (*batch); with ``"ais"`` also
         ``.lower`` and ``.upper``. Finitely many values of the base are summed exactly whatever the method.
 
     Raises:
@@ -143,7 +143,7 @@ def _tilted_model(base: Distribution, energy: Energy, method: str) -> tuple[Tilt
         return tilt(lambda: pyro.sample("v", single), {"v": energy}, normalize=False), None
     if len(base.batch_shape) > 1:
         raise ValueError(
-            f"method={method!r} needs a base with one batch dimension where batch elements differ in law, got "
+            f"method={method!r} needs a base with one batch dimension where batch elements differ, got "
             f'batch_shape {tuple(base.batch_shape)}; flatten it, use to_event(), or method="importance"'
         )
 
@@ -155,7 +155,7 @@ def _tilted_model(base: Distribution, energy: Energy, method: str) -> tuple[Tilt
 
 
 class _OneElement(TorchDistribution):
-    """One batch element of a distribution whose elements all have the same law."""
+    """One batch element of a distribution whose elements are all alike."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (torch's own attribute)
 
@@ -164,8 +164,8 @@ class _OneElement(TorchDistribution):
         transform = biject_to(base.support)
         if transform.forward_shape(transform.inverse_shape(base.event_shape)) != base.event_shape:
             raise ValueError(
-                f"base has a support for each element of its batch_shape {tuple(base.batch_shape)}; give the law of "
-                f'one element, or use method="importance"'
+                f"base has a support for each element of its batch_shape {tuple(base.batch_shape)}; give that "
+                f'of one element, or use method="importance"'
             )
         super().__init__(torch.Size(), base.event_shape, validate_args=False)
 

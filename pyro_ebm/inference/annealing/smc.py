@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo: a population of particles carried from a law one can draw from to the target."""
+"""Sequential Monte Carlo: a population of particles carried from a distribution one can draw from to the target."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ENOUGH = 100  # particles, for R-hat to say something
 class SMC:
     r"""Sequential Monte Carlo from the prior (or a guide) to the target, on islands that share no particles.
 
-    Particles start at draws of the base law and go through :math:`p_\beta \propto p_0^{1 - \beta} p_1^\beta`. Each
+    Particles start at draws of the base and go through :math:`p_\beta \propto p_0^{1 - \beta} p_1^\beta`. Each
     inverse temperature is the largest at which the weights, of all islands, are worth ``target_ess`` of the
     particles; these are then resampled and moved by a Markov kernel until they have left their copies. Modes found by
     the base are kept with their weights, and the weights estimate log Z. Its standard error is what islands differ
@@ -45,8 +45,8 @@ class SMC:
             by the particles of the others: the kernel must not depend on what it moves.
         num_particles: particles per island.
         num_islands: populations of particles; a single one is tuned on itself.
-        guide: a law of the latent sites to start from instead of the prior.
-        base: a law of points in unconstrained space, event_shape (dim,); the standard normal for a
+        guide: a distribution of the latent sites to start from instead of the prior.
+        base: a distribution of points in unconstrained space, event_shape (dim,); the standard normal for a
             :class:`LogDensity` made from a function.
         independent: name of a plate of the model whose elements are targets of their own, each with its
             own temperatures and log Z.
@@ -190,7 +190,7 @@ def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: boo
     """Warn (raise with ``strict``) where particles hardly moved or islands disagree."""
     problems = []
     if isinstance(kernel, ULA):
-        problems.append("ULA does not leave the laws on the way invariant, so draws and log Z are biased: use MALA")
+        problems.append("ULA keeps none of the distributions on the way: draws and log Z are biased; use MALA")
     if population.ladder[-1].acceptance < _MIN_ACCEPTANCE:
         problems.append(
             f"particles hardly moved at the target (acceptance {population.ladder[-1].acceptance:.3f}): they are "

@@ -1,4 +1,4 @@
-"""What annealed samplers share: the path from a law one can draw from to the target, and the kernel on it."""
+"""What annealed samplers share: the path from a distribution one can draw from to the target, and the kernel on it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Points(NamedTuple):
         return torch.where(ratio.isnan(), -torch.inf, ratio)
 
     def state(self, beta: Tensor, tuning: Tuning, iteration: int = 0) -> State:
-        """The state of a kernel whose target is the law at ``beta``."""
+        """The state of a kernel whose target is the distribution at ``beta``."""
         log_prob, grad = _mix(beta, self)
         return State(self.u, log_prob, grad, tuning, iteration)
 
@@ -60,7 +60,7 @@ def _mix(beta: Tensor, points: Points) -> tuple[Tensor, Tensor]:
 
 
 class Path:
-    r"""The laws between a base and a target, :math:`p_\beta \propto p_0^{1 - \beta} p_1^\beta`.
+    r"""The distributions between a base and a target, :math:`p_\beta \propto p_0^{1 - \beta} p_1^\beta`.
 
     Args:
         target: where the path ends.
@@ -141,7 +141,7 @@ def kernel_for(
         )
     for name, given, default in (("independent", independent, None), ("vectorize", vectorize, "plate")):
         if given not in (default, getattr(kernel, name)):
-            raise ValueError(f"{name}={given!r} and a kernel made with {name}={getattr(kernel, name)!r}: say it once")
+            raise ValueError(f"{name}={given!r} and a kernel made with {name}={getattr(kernel, name)!r}: give one")
     return kernel
 
 
@@ -159,8 +159,8 @@ def path_to(
         kernel: its target is where the path ends.
         args: arguments of the model.
         kwargs: its keyword arguments.
-        guide: a law of the model's latent sites.
-        base: a law of points in unconstrained space, batch_shape () and event_shape (dim,); the standard
+        guide: a distribution of the model's latent sites.
+        base: a distribution of points in unconstrained space, batch_shape () and event_shape (dim,); the standard
             normal for a log density that has no model.
 
     Raises:
@@ -168,7 +168,7 @@ def path_to(
     """
     density = kernel.density(*args, **kwargs)
     if guide is not None and base is not None:
-        raise ValueError("guide and base both given: the path begins at one law")
+        raise ValueError("guide and base both given: the path begins at one distribution")
     owners = () if density.target is None else (density.target.model,)
     if base is None and density.target is not None:
         proposal = density.proposal(guide)

@@ -44,7 +44,7 @@ class MCMC:
         init: ``"importance"`` (resampled draws of the guide, or of the prior), ``"prior"``, ``"guide"``,
             ``"uniform"``, or values by site as the model has them, (num_chains, *site_shape).
         guide: for the starting points.
-        thin: keep every so-manieth draw.
+        thin: keep every ``thin``-th draw.
         seed: a number for the same draws twice; ``None`` uses the global generator.
         generator: a source of randomness instead of a seed.
         keep_warmup: keep the warm-up in ``draws.warmup``.

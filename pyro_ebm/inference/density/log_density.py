@@ -91,7 +91,7 @@ class LogDensity:
 
     @classmethod
     def from_distribution(cls, distribution: Distribution, *, site: str = "z") -> LogDensity:
-        """The law of one draw of a distribution; a tilted one without its log Z.
+        """The density of one draw of a distribution; a tilted one without its log Z.
 
         Args:
             distribution: continuous, batch_shape ().

@@ -1,4 +1,4 @@
-r"""The law of a VAE's data, tilted or not, with z integrated out by draws of the encoder that are part of the state."""
+r"""The distribution of a VAE's data, tilted or not, z integrated out by draws of the encoder in the state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def marginal_density(
               + \log N(\epsilon; 0, I), \qquad z_k = \mu(x) + \sigma(x) \epsilon_k
 
     The encoder's noise is part of the state. The average in the first term is an unbiased estimate of
-    ``p_vae(x)``, so that the law of ``x`` under this joint density is the tilted one **for every K and every
+    ``p_vae(x)``, so that the distribution of ``x`` under this joint density is the tilted one **for every K and every
     encoder**, and a sampler that is exact (HMC, ChEES, MALA) has no bias; a better encoder or a larger K only
     makes it mix faster. Langevin that draws new noise at each step and follows the gradient of the ELBO samples
     ``exp(ELBO(x) - E(x))`` instead, too seldom where the encoder is poor: by the factor

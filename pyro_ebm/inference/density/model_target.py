@@ -88,7 +88,7 @@ class ModelTarget:
         return (chain_dim,) if self.data_dim is None else (chain_dim, self.data_dim)
 
     def proposal(self, guide: Callable[..., Any] | None) -> ModelTarget:
-        """The same points under another law: the guide's, or, without one, the untilted prior's."""
+        """The same points under another distribution: the guide's, or, without one, the untilted prior's."""
         if guide is not None:
             proposed = latent_sites(prototype_trace(guide, self.args, self.kwargs))
             missing = [site.name for site in self.sites if site.name not in proposed]
@@ -103,7 +103,7 @@ class ModelTarget:
 
     @torch.no_grad()
     def draw(self, num_draws: int) -> Tensor:
-        """Points (num_draws, *batch, dim) from this law, which must be a proposal: torch's global generator."""
+        """Points (num_draws, *batch, dim) from this proposal, by torch's global generator."""
         with evaluation_mode(self.model), pyro.validation_enabled(False):
             if self.vectorize == "vmap":
                 return self.unconstrain(self._values_by_vmap(num_draws))

@@ -29,8 +29,8 @@ def noncentered(model: Callable[..., Any]) -> Callable[..., Any]:
     r"""The same model with its latent sites as functions of standard noise.
 
     Each latent site ``v`` with a location and a scale becomes ``v = mu + sigma v_decentered`` with
-    ``v_decentered`` from the standard law (N(0, 1) for a normal), and each one with only an inverse cdf becomes
-    ``v = F^{-1}(Phi(v_decentered))``. Both models have the same joint law of ``v``; samplers then move the noise,
+    ``v_decentered`` from the standard one (N(0, 1) for a normal), and each one with only an inverse cdf becomes
+    ``v = F^{-1}(Phi(v_decentered))``. ``v`` is distributed the same in both models; samplers then move the noise,
     whose prior has no narrow ridges however small ``sigma`` is. Of a tilt at ``v``, the samplers see
     ``N(noise; 0, I) exp(-E(v(noise)))``. Other sites (observed, discrete, without such a form) stay as they are.
 
@@ -91,7 +91,7 @@ def _reparameterizer(site: Mapping[str, Any]) -> Reparam | None:
 
 @torch.no_grad()
 def _median(fn: Any) -> Tensor | None:
-    """None for a law without an inverse cdf."""
+    """None for a distribution without an inverse cdf."""
     try:
         return fn.icdf(torch.tensor(0.5))
     except NotImplementedError:
@@ -99,7 +99,7 @@ def _median(fn: Any) -> Tensor | None:
 
 
 class _Quantile(Reparam):
-    """A scalar law as its inverse cdf at ``Phi(noise)``."""
+    """A scalar distribution as its inverse cdf at ``Phi(noise)``."""
 
     def apply(self, msg: Any) -> Any:
         fn, event_dim = self._unwrap(msg["fn"])

@@ -56,7 +56,7 @@ class MALA(Kernel):
 
 @dataclass(frozen=True)
 class ULA(MALA):
-    r"""Unadjusted Langevin: every step is taken, so the draws follow a law near the target, not the target.
+    r"""Unadjusted Langevin: every step is taken, so the draws follow a distribution near the target, not the target.
 
     The bias does not shrink with more draws, only with the step size: of a Gaussian coordinate of variance
     :math:`s^2` the draws have variance :math:`s^2 / (1 - \epsilon / (4 s^2))` (scales by :math:`M^{-1}` aside), and

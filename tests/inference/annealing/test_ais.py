@@ -119,7 +119,7 @@ def test_draws_that_are_given():
     z = A + torch.randn(600, 10)
     for draws in ({"z": z}, Draws({"z": z.reshape(4, 150, 10)}, "nuts")):
         brackets(run(target, draws=draws, num_temperatures=24), 4.5)
-    # Draws of another law: the upper bound knows nothing else
+    # Draws of another distribution: the upper bound knows nothing else
     with pytest.warns(InferenceWarning, match="the lower bound lies above the upper one.*give draws="):
         found = run(target, draws={"z": z - 3 * A}, num_temperatures=24)
     assert found.upper < 4.5

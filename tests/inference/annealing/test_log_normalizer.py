@@ -56,7 +56,7 @@ def test_a_tilt_too_far_for_importance_sampling(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_scalar_and_constrained_bases(method):
     assert_right(method, estimate(dist.Gamma(torch.tensor(2.0), 2.0), LinearEnergy(1.0), method), math.log(4.0))
-    # Of a plate: one number for all its elements, the law of one
+    # Of a plate: one number for all its elements, the distribution of one
     assert_right(method, estimate(dist.Gamma(2.0, 2.0).expand([3, 2]), LinearEnergy(1.0), method), math.log(4.0))
 
 
@@ -68,7 +68,7 @@ def test_one_number_for_all_elements_or_one_for_each(method):
     loc = torch.tensor([[0.0, 0.0], [1.0, -1.0], [-2.0, 0.5]])
     truth = gaussian_log_normalizer(energy, loc, torch.tensor(0.5)).detach()
     assert_right(method, estimate(dist.Normal(loc, 0.5).to_event(1), energy, method), truth)
-    with pytest.raises(ValueError, match=r"one batch dimension where .* differ in law, got batch_shape \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"one batch dimension where .* differ, got batch_shape \(1, 3\)"):
         estimate(dist.Normal(loc[None], 0.5).to_event(1), energy, method)
 
 

@@ -324,7 +324,7 @@ def test_islands_that_disagree_and_particles_that_stay_are_named():
         run(prior, kernel=kernel, num_particles=32)
     with pytest.raises(InferenceError, match="hardly moved"):
         run(prior, kernel=kernel, num_particles=32, strict=True)
-    with pytest.warns(InferenceWarning, match="ULA does not leave .* use MALA"):
+    with pytest.warns(InferenceWarning, match="ULA keeps none .* use MALA"):
         run(prior, kernel=ULA, num_particles=32)
 
 

@@ -1,4 +1,4 @@
-"""The path between two laws, what a kernel may be given as, temperatures and resampling."""
+"""The path between two distributions, what a kernel may be given as, temperatures and resampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where batched chains start: each rule has its law, its fallback and its error."""
+"""Where batched chains start: each rule has its distribution, its fallback and its error."""
 
 from __future__ import annotations
 
