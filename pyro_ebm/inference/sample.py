@@ -68,7 +68,8 @@ def sample(
         ess: sample until every component of every site has this bulk ESS and an R-hat below 1.01 (importance
             sampling: until the weights are worth so many draws), or a limit is spent;
             ``notes["stopped"]`` says which. Not for nuts, hmc and smc. For ``"auto"`` 1,000 by default.
-        max_seconds: the limit of time with ``ess``, and with ``"auto"``; 60 by default. A warm-up is not cut short.
+        max_seconds: the limit of time with ``ess``, and with ``"auto"``; 60 by default. For nuts and hmc it stands
+            alone. A warm-up is not cut short.
         seed: a number for the same draws twice; ``None`` uses the global generator. (What time stops is not
             the same twice.)
         **options: further arguments of the method's own function or classes, which reject unknown ones;
@@ -79,7 +80,7 @@ def sample(
 
     Raises:
         ValueError: unknown method, impossible counts, ``ess`` with a method that cannot go on, or
-            ``max_seconds`` without ``ess``.
+            ``max_seconds`` without ``ess`` where it means nothing.
         TypeError: an option that the method does not have, a model of the wrong kind.
     """
     if method not in METHODS:
@@ -115,7 +116,7 @@ def sample(
     if method in ("nuts", "hmc"):
         sampler = pyro_nuts if method == "nuts" else pyro_hmc
         shared: dict[str, Any] = {"guide": guide, "num_samples": num_samples, "num_chains": num_chains}
-        return sampler(model, *args, seed=seed, model_kwargs=kwargs, **shared, **options)
+        return sampler(model, *args, seed=seed, max_seconds=max_seconds, model_kwargs=kwargs, **shared, **options)
     if method == "smc":
         smc = SMC(model, num_particles=num_samples, num_islands=num_chains, guide=guide, seed=seed, **options)
         return smc.run(*args, **kwargs)
@@ -125,7 +126,7 @@ def sample(
 
 def _target(method: str, ess: float | None, max_seconds: float | None, num_samples: int | None) -> Target | None:
     if ess is None and method != "auto":
-        if max_seconds is not None:
+        if max_seconds is not None and method not in ("nuts", "hmc"):
             raise ValueError(f"max_seconds={max_seconds} is the limit of ess=: give both, or num_samples=")
         return None
     return Target(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["pyro_hmc", "pyro_nuts"]
 
+_LEAST_DRAWS = 4  # with fewer there is no R-hat
+
 
 def pyro_nuts(
     model: Callable[..., Any],
@@ -40,6 +43,7 @@ def pyro_nuts(
     seed: int | None = None,
     keep_warmup: bool = False,
     jit_compile: bool = False,
+    max_seconds: float | None = None,
     progress: bool = True,
     strict: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -63,6 +67,8 @@ def pyro_nuts(
         seed: a number for the same draws twice; ``None`` uses the global generator.
         keep_warmup: keep warm-up draws in ``draws.warmup``.
         jit_compile: let Pyro trace the potential with ``torch.jit``.
+        max_seconds: stop when so much time is spent, each chain after an equal share of it, with the draws so far
+            (``notes["stopped"]`` says so). A warm-up is not cut short, and each chain makes four draws at least.
         progress: show a progress bar.
         strict: raise instead of warn when the draws cannot be trusted.
         model_kwargs: keyword arguments of the model.
@@ -83,7 +89,7 @@ def pyro_nuts(
             potential_fn=potential, target_accept_prob=target_accept_prob, max_tree_depth=max_tree_depth
         )
 
-    run = _Run("nuts", kernel, num_samples, warmup_steps, num_chains, seed, keep_warmup, progress, strict)
+    run = _Run("nuts", kernel, num_samples, warmup_steps, num_chains, seed, keep_warmup, progress, strict, max_seconds)
     return run(model, args, dict(model_kwargs or {}), init=init, guide=guide, jit_compile=jit_compile)
 
 
@@ -100,6 +106,7 @@ def pyro_hmc(
     seed: int | None = None,
     keep_warmup: bool = False,
     jit_compile: bool = False,
+    max_seconds: float | None = None,
     progress: bool = True,
     strict: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -123,8 +130,12 @@ def pyro_hmc(
             potential_fn=potential, target_accept_prob=target_accept_prob, trajectory_length=trajectory_length
         )
 
-    run = _Run("hmc", kernel, num_samples, warmup_steps, num_chains, seed, keep_warmup, progress, strict)
+    run = _Run("hmc", kernel, num_samples, warmup_steps, num_chains, seed, keep_warmup, progress, strict, max_seconds)
     return run(model, args, dict(model_kwargs or {}), init=init, guide=guide, jit_compile=jit_compile)
+
+
+class _OutOfTimeError(Exception):
+    """Ends a chain whose share of the time is spent."""
 
 
 class _CountedPotential:
@@ -145,6 +156,7 @@ class _Chain:
 
     potential: _CountedPotential
     bar: tqdm
+    deadline: float = math.inf
     params: list[dict[str, Tensor]] = field(default_factory=list)
     stats: list[dict[str, float]] = field(default_factory=list)
     warmup: int = 0
@@ -188,6 +200,12 @@ class _Chain:
         self.bar.update()
         if index % 20 == 0:
             self.bar.set_postfix(accept=f"{mean:.2f}", divergences=self.divergences, refresh=False)
+        if self.ended > self.deadline and self.num_draws >= _LEAST_DRAWS:
+            raise _OutOfTimeError
+
+    @property
+    def num_draws(self) -> int:
+        return len(self.params) - self.warmup
 
 
 @dataclass(frozen=True)
@@ -203,11 +221,14 @@ class _Run:
     keep_warmup: bool
     progress: bool
     strict: bool
+    max_seconds: float | None
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("warmup_steps", 0), ("num_chains", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
 
     def __call__(
         self,
@@ -238,24 +259,34 @@ class _Run:
             starts = StartingPoints(model, args, kwargs, counted, transforms, shapes, self.num_chains)
             initial, rule = starts.find(init, guide)
             with one_thread():
-                chains, interrupted = self._chains(counted, initial, transforms)
-        notes = {"init": rule, "interrupted": interrupted}
+                deadline = math.inf if self.max_seconds is None else start + self.max_seconds
+                chains, interrupted = self._chains(counted, initial, transforms, deadline)
+        cut = not interrupted and min(chain.num_draws for chain in chains) < self.num_samples
+        stopped = "interrupted" if interrupted else "max_seconds" if cut else "num_samples"
+        notes = {"init": rule, "interrupted": interrupted, "stopped": stopped}
         seconds = time.perf_counter() - start
         draws = self._collect(chains, transforms, seconds, observed_sites(trace), notes)
         report_chains(draws, strict=self.strict, interrupted=interrupted)
         return draws
 
     def _chains(
-        self, potential: _CountedPotential, initial: dict[str, Tensor], transforms: Mapping[str, Any]
+        self,
+        potential: _CountedPotential,
+        initial: dict[str, Tensor],
+        transforms: Mapping[str, Any],
+        deadline: float,
     ) -> tuple[list[_Chain], bool]:
         chains: list[_Chain] = []
         total = self.num_chains * (self.num_samples + self.warmup_steps)
         with tqdm(total=total, desc=self.method, disable=not self.progress, mininterval=0.5) as bar:
             for index in range(self.num_chains):
-                chains.append(_Chain(potential, bar))
+                # All chains are cut to the shortest, so that no later one need go further.
+                num_samples = min((chain.num_draws for chain in chains), default=self.num_samples)
+                now = time.perf_counter()
+                chains.append(_Chain(potential, bar, now + (deadline - now) / (self.num_chains - index)))
                 mcmc = MCMC(
                     chains[-1].watch(self.kernel(potential)),
-                    num_samples=self.num_samples,
+                    num_samples=num_samples,
                     warmup_steps=self.warmup_steps,
                     initial_params={name: value[index].clone() for name, value in initial.items()},
                     transforms=transforms,
@@ -264,6 +295,8 @@ class _Run:
                 )
                 try:
                     mcmc.run()
+                except _OutOfTimeError:
+                    pass
                 except KeyboardInterrupt:
                     return _usable(chains), True
         return chains, False
@@ -277,7 +310,7 @@ class _Run:
         notes: Mapping[str, Any],
     ) -> Draws:
         warm = max(chain.warmup for chain in chains)
-        length = min(len(chain.params) - chain.warmup for chain in chains)
+        length = min(chain.num_draws for chain in chains)
         values, stats = _stack(chains, transforms, slice(warm, warm + length))
         if self.method == "nuts":
             stats["tree_depth"] = (stats["n_steps"] + 1).log2().ceil().long()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -413,6 +415,19 @@ def test_interrupting_the_second_chain_keeps_the_first(method, monkeypatch):
     assert torch.equal(part.values["z"], whole.values["z"][:1])
 
 
+def test_time_cuts_the_draws_and_not_the_warm_up(method, monkeypatch):
+    """A clock that strikes one with each look: a chain looks once a step, and each has its share of the time."""
+    whole = SAMPLERS[method](prior, **{**short, "num_samples": 40}, max_seconds=3600)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=functools.partial(next, itertools.count())))
+    part, least = (SAMPLERS[method](prior, **{**short, "num_samples": 40}, max_seconds=m) for m in (60, 1))
+    assert 10 < part.num_draws < 25 and least.num_draws == 4
+    assert [d.notes["stopped"] for d in (whole, part, least)] == ["num_samples", "max_seconds", "max_seconds"]
+    for draws in (part, least):
+        assert draws.num_chains == 2 and not draws.notes["interrupted"]
+        # The second chain draws from where the first left the stream.
+        assert torch.equal(draws.values["z"][0], whole.values["z"][0, : draws.num_draws])
+
+
 def test_interrupting_the_warm_up_leaves_nothing_to_return(monkeypatch):
     interrupt_at(monkeypatch, 15)
     validating = pyro.settings.get()
@@ -427,6 +442,7 @@ def test_interrupting_the_warm_up_leaves_nothing_to_return(monkeypatch):
         ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"max_seconds": 0}, "max_seconds must be positive, got 0"),
     ],
 )
 def test_impossible_counts(method, options, message):
