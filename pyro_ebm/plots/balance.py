@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_ebm.plots.style import INK, axes_or_new, color
+from pyro_ebm.plots.style import INK, MUTED, axes_or_new, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,13 +38,15 @@ def plot_label_histograms(
     order = np.unique(np.concatenate(list(sets.values()))) if classes is None else _array(classes)
     ax = axes_or_new(ax, (6.4, 3.6))
     width = 0.8 / len(sets)
+    tones = np.linspace(0.75, 0.25, len(sets)).astype(str)  # grays: colors are the samplers'
     for i, (name, values) in enumerate(sets.items()):
         proportions = [(values == label).mean() for label in order]
         where = np.arange(len(order)) + width * (i - (len(sets) - 1) / 2)
-        ax.bar(where, proportions, width=0.94 * width, color=color(i), label=f"{name} (n = {values.size:,})")
+        ax.bar(where, proportions, width=0.94 * width, color=tones[i], label=f"{name} (n = {values.size:,})")
     _label_classes(ax, order)
     ax.set_ylabel("proportion of images")
-    ax.legend(frameon=False)
+    # Above the bars: among them it would hide some.
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(len(sets), 3))
     return _headroom(ax)
 
 
@@ -77,8 +79,10 @@ def plot_class_balance(
                 f"expected {classes}"
             )
     wanted = _target(target, len(classes))
-    ax = axes_or_new(ax, (7.8, 4.0))
-    step = 0.6 / len(balances)
+    ax = axes_or_new(ax, (max(7.8, 4.0 + 0.13 * len(classes) * len(balances)), 4.0))
+    step, look = 0.72 / len(balances), looks(balances)
+    for edge in range(1, len(wanted)):
+        ax.axvline(edge - 0.5, color=MUTED, alpha=0.4, linewidth=0.6)
     for k, share in enumerate(wanted):
         label = "" if k else "target"
         ax.hlines(share, k - 0.42, k + 0.42, color=INK, linestyle=(0, (4, 2)), linewidth=1.2, label=label)
@@ -88,8 +92,11 @@ def plot_class_balance(
         # A bootstrap interval may just miss its estimate; matplotlib refuses negative lengths.
         error = np.stack([p - low, high - p]).clip(min=0.0)
         label = f"{name} (TV {np.abs(p - wanted).sum() / 2:.3f})"
-        ax.errorbar(where, p, yerr=error, fmt="o", color=color(i), markersize=5, capsize=3, label=label)
+        ax.errorbar(
+            where, p, yerr=error, fmt=look[name].marker, color=look[name].color, markersize=6, capsize=3, label=label
+        )
     _label_classes(ax, np.array(classes))
+    ax.set_xlim(-0.5, len(wanted) - 0.5)
     ax.set_ylabel(f"proportion of images, {100 * float(first.prob):g} % interval")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _headroom(ax)

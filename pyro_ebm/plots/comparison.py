@@ -11,7 +11,7 @@ import numpy as np
 from pyro_ebm.diagnostics.compare import find_reference
 from pyro_ebm.diagnostics.moments import Moments, bulk_ess, component_names, components, error_in_se, moments
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.plots.style import INK, MUTED, color
+from pyro_ebm.plots.style import INK, MUTED, Look, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,22 +54,24 @@ def plot_compare(
     Reference:
         Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), Rank-normalization, folding, and localization.
     """
+    yardstick = reference if isinstance(reference, str) else getattr(reference, "method", "")
     reference = find_reference(draws, reference)
     sites, names = _components(draws, reference)
     chained = [name for name in draws if draws[name].log_weights is None]
     panels = _panels(axes, len(chained))
-    tones = {name: color(i) for i, name in enumerate(draws)}
+    look = looks(draws, {name: each.method for name, each in draws.items()})
     bulk = {name: bulk_ess(each, components(each, sites)).numpy() for name, each in draws.items()}
     for ax, name in zip(panels, chained, strict=False):
         worst = int(np.argmin(np.nan_to_num(bulk[name], nan=np.inf)))
-        _plot_ranks(ax, components(draws[name], sites)[..., worst].numpy(), tones[name])
+        _plot_ranks(ax, components(draws[name], sites)[..., worst].numpy(), look[name].color)
         ax.set_title(f"{name}: ranks of {names[worst]}", fontsize="medium")
-    _plot_ess(panels[-2], _worth(bulk), tones)
+    _plot_ess(panels[-2], _worth(bulk), look)
     found = {name: moments(each, sites) for name, each in draws.items() if each is not reference}
     if reference is None:
-        _plot_means(panels[-1], found, names, tones)
+        _plot_means(panels[-1], found, names, look)
     else:
-        _plot_errors(panels[-1], found, moments(reference, sites), names, tones)
+        _plot_errors(panels[-1], found, moments(reference, sites), names, look)
+        panels[-1].set_title(rf"error against {yardstick} (band: $\pm$4)", fontsize="medium")
     return panels
 
 
@@ -140,10 +142,14 @@ def _plot_ranks(ax: Axes, column: NDArray[np.float64], tone: str) -> None:
     ax.set(xlabel="rank among all draws (fraction)", xlim=(0.0, 1.0), ylim=(-0.1, len(shown)))
 
 
-def _plot_ess(ax: Axes, worth: dict[str, float], tones: dict[str, str]) -> None:
+def _plot_ess(ax: Axes, worth: dict[str, float], look: dict[str, Look]) -> None:
     for row, (name, value) in enumerate(worth.items()):
-        ax.barh(row, value, height=0.6, color=tones[name])
-        ax.annotate(f"{value:,.0f}", (value, row), xytext=(4, 0), textcoords="offset points", va="center")
+        ax.barh(row, value, height=0.6, color=look[name].color)
+        # On white, because the dashed line may run through it.
+        ax.annotate(
+            f"{value:,.0f}", (value, row), xytext=(4, 0), textcoords="offset points", va="center", zorder=3,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )  # fmt: skip
     highest = max([_ENOUGH, *worth.values()])
     ax.axvline(_ENOUGH, color=INK, linestyle=(0, (4, 2)), linewidth=1.0)
     ax.set_xscale("log")
@@ -155,20 +161,19 @@ def _plot_ess(ax: Axes, worth: dict[str, float], tones: dict[str, str]) -> None:
 
 
 def _plot_errors(
-    ax: Axes, found: dict[str, Moments], truth: Moments, names: list[str], tones: dict[str, str]
+    ax: Axes, found: dict[str, Moments], truth: Moments, names: list[str], look: dict[str, Look]
 ) -> None:
     scores = {}
     for name, each in found.items():
         signed = ((each.mean - truth.mean).sign() * error_in_se(each, truth)).numpy()
         scores[name] = np.where(np.isfinite(signed), signed, np.nan)
     ax.axhspan(-4.0, 4.0, color=MUTED, alpha=0.2, linewidth=0)
-    _by_component(ax, scores, {}, [*names, *(f"{name}$^2$" for name in names)], tones)
+    _by_component(ax, scores, {}, [*names, *(f"{name}$^2$" for name in names)], look)
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -5.0), max(high, 5.0))
     if max(-low, high) > 2 * _LINEAR_TO:
         _compress(ax)
     ax.set_ylabel("error / standard error")
-    ax.set_title(r"error against the reference (band: $\pm$4)", fontsize="medium")
 
 
 def _compress(ax: Axes) -> None:
@@ -183,12 +188,12 @@ def _compress(ax: Axes) -> None:
     ax.set_yticks([], minor=True)
 
 
-def _plot_means(ax: Axes, found: dict[str, Moments], names: list[str], tones: dict[str, str]) -> None:
+def _plot_means(ax: Axes, found: dict[str, Moments], names: list[str], look: dict[str, Look]) -> None:
     means = {name: each.mean[: len(names)].numpy() for name, each in found.items()}
     center = np.mean([*means.values()], axis=0) if len(means) > 1 else 0.0
     values = {name: mean - center for name, mean in means.items()}
     errors = {name: 2.0 * each.se[: len(names)].numpy() for name, each in found.items()}
-    _by_component(ax, values, errors, names, tones)
+    _by_component(ax, values, errors, names, look)
     ax.set_ylabel(r"mean $-$ average over methods" if len(means) > 1 else "mean")
     ax.set_title(r"means $\pm$ 2 standard errors", fontsize="medium")
 
@@ -198,7 +203,7 @@ def _by_component(
     values: dict[str, NDArray[np.float64]],
     errors: dict[str, NDArray[np.float64]],
     names: list[str],
-    tones: dict[str, str],
+    look: dict[str, Look],
 ) -> None:
     """Points by component, methods next to each other; only the largest deviations where there are many."""
     size = np.nan_to_num(np.abs(np.array([*values.values()]).reshape(len(values), -1)), nan=0.0)
@@ -209,8 +214,9 @@ def _by_component(
         where = np.arange(len(shown)) + 0.5 * ((i + 0.5) / len(values) - 0.5)
         error = errors[name][shown] if name in errors else None
         ax.errorbar(
-            where, value[shown], yerr=error, fmt="o", color=tones[name], markersize=5, capsize=3, label=name
-        )
+            where, value[shown], yerr=error, fmt=look[name].marker, color=look[name].color, markersize=6, capsize=3,
+            label=name,
+        )  # fmt: skip
     ax.set_xticks(range(len(shown)), [names[i] for i in shown], rotation=45 if len(shown) > 6 else 0)
     ax.set_xlim(-0.5, len(shown) - 0.5)
     ax.set_xlabel(

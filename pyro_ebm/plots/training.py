@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pyro_ebm.plots.style import axes_or_new, color
+from pyro_ebm.plots.style import INK, axes_or_new, color, lighter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,14 +15,19 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_training_curves"]
 
+_DOTS = 20  # on a validation curve
 
-def plot_training_curves(result: FitResult | Mapping[str, FitResult], *, ax: Axes | None = None) -> Axes:
-    """Training loss (solid) and validation loss (dashed) by epoch, with a ring at the best epoch.
+
+def plot_training_curves(
+    result: FitResult | Mapping[str, FitResult], *, label: str = "loss per datum (nats)", ax: Axes | None = None
+) -> Axes:
+    """Training loss (thin and light) and validation loss (dark, with dots) by epoch, and a star at the epoch kept.
 
     Where the first tenth of a long run towers over the rest, the vertical axis leaves it out and says so.
 
     Args:
         result: what ``fit`` returned, or several by name; put together only losses of one scale.
+        label: what the loss is.
         ax: axes to draw on; a new figure when ``None``.
 
     Returns:
@@ -36,7 +41,7 @@ def plot_training_curves(result: FitResult | Mapping[str, FitResult], *, ax: Axe
     ax = axes_or_new(ax, (6.0, 3.8) if len(results) == 1 else (8.0, 3.8))
     for i, (name, each) in enumerate(results.items()):
         _draw_curves(ax, each, f"{name}, " if name else "", color(i))
-    ax.set(xlabel="epoch", ylabel="loss per datum (nats)")
+    ax.set(xlabel="epoch", ylabel=label)
     ax.margins(x=0.02)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)
@@ -49,16 +54,20 @@ def plot_training_curves(result: FitResult | Mapping[str, FitResult], *, ax: Axe
 
 
 def _draw_curves(ax: Axes, result: FitResult, prefix: str, tone: str) -> None:
-    ax.plot(range(1, len(result.train_loss) + 1), result.train_loss, color=tone, label=f"{prefix}training")
     validation = list(result.validation_loss)
+    look: dict[str, Any] = {"color": lighter(tone, 0.5), "linewidth": 1.2} if validation else {"color": tone}
+    ax.plot(range(1, len(result.train_loss) + 1), result.train_loss, label=f"{prefix}training", **look)
     if validation:
-        label = f"{prefix}validation"
-        ax.plot(range(1, len(validation) + 1), validation, color=tone, linestyle=(0, (4, 1.5)), label=label)
+        every = max(len(validation) // _DOTS, 1)
+        ax.plot(
+            range(1, len(validation) + 1), validation, color=tone, linewidth=1.6, marker="o", markersize=4.5,
+            markevery=every, label=f"{prefix}validation",
+        )  # fmt: skip
     judged = validation or list(result.train_loss)
     if 1 <= result.best_epoch <= len(judged):
-        label = f"{prefix}best (epoch {result.best_epoch})"
-        height = judged[result.best_epoch - 1]
-        ax.plot([result.best_epoch], [height], "o", color=tone, fillstyle="none", markersize=8, label=label)
+        label = f"{prefix}kept (epoch {result.best_epoch})"
+        look = {"color": tone, "markeredgecolor": INK, "markersize": 14, "linestyle": "none", "zorder": 3}
+        ax.plot([result.best_epoch], [judged[result.best_epoch - 1]], marker="*", label=label, **look)
 
 
 def _leave_out_start(ax: Axes, results: Iterable[FitResult]) -> None:

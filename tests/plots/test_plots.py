@@ -124,29 +124,6 @@ def test_histograms_show_proportions_in_the_order_asked_for() -> None:
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2", "1", "0"]
 
 
-def test_scatter_of_many_dimensions_finds_the_wide_directions_and_says_so() -> None:
-    z = normal(300, 4) * torch.tensor([0.1, 5.0, 0.1, 2.0])
-    ax = plots.plot_latent_scatter(z, torch.zeros(300), ax=Figure().subplots())
-    drawn = np.asarray(ax.collections[0].get_offsets())
-    assert abs(np.corrcoef(drawn[:, 0], z[:, 1])[0, 1]) > 0.99
-    assert abs(np.corrcoef(drawn[:, 1], z[:, 3])[0, 1]) > 0.99
-    assert ax.get_xlabel().startswith("principal component 1")
-
-
-def test_scatter_draws_at_most_max_points() -> None:
-    ax = plots.plot_latent_scatter(
-        normal(100, 2), torch.arange(100) % 2, max_points=30, ax=Figure().subplots()
-    )
-    assert sum(len(cloud.get_offsets()) for cloud in ax.collections) == 30
-
-
-def test_overlay_projects_all_clouds_on_the_same_plane() -> None:
-    z = normal(50, 3)
-    ax = plots.plot_latent_overlay(z, z, z, ax=Figure().subplots())
-    first, *others = [np.asarray(cloud.get_offsets()) for cloud in ax.collections]
-    assert all(np.array_equal(first, other) for other in others)
-
-
 @pytest.fixture
 def contoured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
@@ -221,6 +198,17 @@ def test_training_curves_leave_out_a_steep_start_but_nothing_low() -> None:
     assert low < 2 and 3 < high < 10
 
 
+def test_training_and_validation_differ_by_more_than_the_line() -> None:
+    training, validation, kept = plots.plot_training_curves(history(), ax=Figure().subplots()).lines
+    assert validation.get_marker() != training.get_marker() and validation.get_color() != training.get_color()
+    assert kept.get_marker() == "*"
+
+
+def test_training_curves_say_what_the_loss_is() -> None:
+    ax = plots.plot_training_curves(history(), label="minus the log likelihood gained", ax=Figure().subplots())
+    assert ax.get_ylabel() == "minus the log likelihood gained"
+
+
 def test_comparison_has_one_rank_panel_for_each_chain_method() -> None:
     axes = plots.plot_compare({"snis": weighted(), "nuts": chains()}, reference=exact())
     assert len(axes) == 3
@@ -256,6 +244,7 @@ def test_comparison_error_is_in_standard_errors() -> None:
     assert drawn == pytest.approx((draws.mean("z").item() - 0.5) / 0.01, rel=0.1)
     low, high = errors.get_ylim()
     assert low < drawn < 4 < high
+    assert "error against quadrature" in errors.get_title()
 
 
 def test_comparison_without_reference_shows_two_standard_errors() -> None:
