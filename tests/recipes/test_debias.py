@@ -193,9 +193,9 @@ def test_the_best_method_is_the_fastest_of_those_to_trust(job):
         table = pd.concat([frame, other], ignore_index=True)
         return dataclasses.replace(result, comparison=table).best_method
 
-    assert best(snis=("ok", 10.0), pyro_nuts=("ok", 20.0), pyro_hmc=("r_hat 1.2 > 1.01", 30.0)) == "nuts"
-    assert best(snis=("bad", 10.0), pyro_nuts=("bad", 30.0), pyro_hmc=("bad", 20.0)) == "nuts"
-    assert best(snis=("ok", math.nan), pyro_nuts=("bad", 30.0), pyro_hmc=("ok", 0.1)) == "hmc"
+    assert best(snis=("ok", 10.0), nuts=("ok", 20.0), hmc=("r_hat 1.2 > 1.01", 30.0)) == "nuts"
+    assert best(snis=("bad", 10.0), nuts=("bad", 30.0), hmc=("bad", 20.0)) == "nuts"
+    assert best(snis=("ok", math.nan), nuts=("bad", 30.0), hmc=("ok", 0.1)) == "hmc"
 
 
 # ------------------------------------------------------------------------------- other settings
