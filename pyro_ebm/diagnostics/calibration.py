@@ -18,12 +18,19 @@ from torch.utils._pytree import tree_map
 from pyro_ebm.diagnostics.moments import bulk_ess, component_names, components, is_exact, tail_ess
 from pyro_ebm.diagnostics.ranks import Calibration
 from pyro_ebm.errors import InferenceError, InferenceWarning, warn_user
-from pyro_ebm.inference.density.model_target import keep_dims
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.predictive import predictive
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import fingerprint, forked_rng
-from pyro_ebm.structure import event_dim_of, latent_sites, observed_sites, padded_shape, plate_depth, prototype_trace
+from pyro_ebm.structure import (
+    event_dim_of,
+    keep_dims,
+    latent_sites,
+    observed_sites,
+    padded_shape,
+    plate_depth,
+    prototype_trace,
+)
 from pyro_ebm.tilts.tilt import TiltedModel, tilt
 
 __all__ = ["calibrate"]

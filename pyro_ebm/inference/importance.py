@@ -16,20 +16,25 @@ from torch import Tensor
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.errors import InferenceError, warn_user
 from pyro_ebm.estimates import Estimate, importance_estimate
-from pyro_ebm.inference.density.model_target import is_observed, keep_dims
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng, random_stream
-from pyro_ebm.structure import latent_sites, observed_sites, padded_shape, plate_depth, prototype_trace
+from pyro_ebm.structure import (
+    DoesNotBroadcast,
+    Failure,
+    is_observed,
+    keep_dims,
+    latent_sites,
+    observed_sites,
+    padded_shape,
+    plate_depth,
+    prototype_trace,
+)
 from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws"]
 
 _CHUNK = 4096
-
-
-class DoesNotBroadcast(ValueError):
-    """A model that cannot be run for many draws at once."""
 
 
 class LogLikelihood(NamedTuple):
@@ -170,10 +175,8 @@ class _Importance:
                 trace.compute_log_prob()
                 alone = site_log_probs(trace, (-self.depth - 1,)).squeeze()
                 if not torch.allclose(together[row], alone, rtol=1e-3, atol=1e-3, equal_nan=True):
-                    raise DoesNotBroadcast(
-                        "the model does not broadcast: it gives other log probabilities for two draws at once than for "
-                        "each alone; sum over dim=-1 and let batch dimensions through, or use pyro_nuts()"
-                    )
+                    reason = "it gives other log probabilities for two draws at once than for each alone"
+                    raise DoesNotBroadcast([Failure("plate", None, reason)], self.depth)
 
     def traces(self, num_samples: int) -> tuple[Tensor, poutine.Trace, poutine.Trace]:
         # Infinite and NaN weights are reported once, with their cause, and not by each site.

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_ebm.inference.density.log_density import LogDensity
-from pyro_ebm.inference.density.model_target import is_observed
 from pyro_ebm.inference.importance import site_log_probs
 from pyro_ebm.inference.kernels.adaptation import initial_tuning
 from pyro_ebm.inference.kernels.kernel import State
 from pyro_ebm.inference.kernels.langevin import ULA
 from pyro_ebm.modules import frozen
 from pyro_ebm.objectives.positives import Positives, base_log_prob, draws_of, energy_of, positives
-from pyro_ebm.structure import latent_sites, observed_sites, plate_depth, prototype_trace
+from pyro_ebm.structure import is_observed, latent_sites, observed_sites, plate_depth, prototype_trace
 from pyro_ebm.tilts.tilt import TiltedModel, tilt
 
 __all__ = ["ShortRun"]

@@ -219,7 +219,7 @@ SHORT = {"num_samples": 12, "num_chains": 2, "ess": 20, **QUIET}
     [
         (discrete, "snis: Pareto k", "batched chains: not possible (site 'c' is discrete (Bernoulli)"),
         (sums, "snis: not possible (DoesNotBroadcast: the model does not", "site 'f' gives other log prob"),
-        (picks, "snis: ", "batched chains: not possible (the model does not broadcast over chains"),
+        (picks, "snis: ", "batched chains: not possible (the model does not broadcast: in an outer"),
     ],
     ids=["discrete", "sums", "picks"],
 )

@@ -14,7 +14,8 @@ from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
 from pyro_ebm.errors import InferenceWarning
-from pyro_ebm.inference.importance import DoesNotBroadcast, importance
+from pyro_ebm.inference.importance import importance
+from pyro_ebm.structure import DoesNotBroadcast
 
 __all__ = ["INITS", "StartingPoints"]
 

@@ -118,15 +118,15 @@ class LogDensity:
         model: Callable[..., Any],
         *args: Any,
         independent: str | None = None,
-        vectorize: str = "plate",
+        vectorize: str = "auto",
         **kwargs: Any,
     ) -> LogDensity:
         """The joint density of a Pyro model's latent sites given its observed ones.
 
         Constrained sites are moved to unconstrained space by Pyro's own transforms, Jacobians included.
-        Chains are an outer plate left of all the model's plates, so the model must broadcast; one that
-        cannot runs under ``torch.vmap``. A tilted model enters without its log Z. Modules behind the
-        model are evaluated in ``eval`` mode.
+        Chains are an outer plate left of all the model's plates where the model broadcasts; one that does not
+        runs under ``torch.vmap``. A tilted model enters without its log Z. Modules behind the model are
+        evaluated in ``eval`` mode.
 
         Args:
             model: any Pyro model whose latent sites are continuous.
@@ -134,15 +134,18 @@ class LogDensity:
             independent: name of a plate whose elements are independent of each other given the rest:
                 each element becomes a density of its own.
             vectorize: ``"plate"``: chains are an outer plate, fast; ``"vmap"``: the model runs as it would for
-                one chain, under ``torch.vmap`` (no Python branches on values, no in-place changes of them).
+                one chain, under ``torch.vmap`` (no Python branches on values, no in-place changes of them);
+                ``"auto"``: the first of the two that gives what each chain gives alone. ``density.target.vectorize``
+                says which it was.
             **kwargs: the model's keyword arguments.
 
         Raises:
-            ValueError: no latent sites, a discrete one, a subsampled plate, a model that does not broadcast,
-                an ``independent`` plate that does not hold every latent site.
+            DoesNotBroadcast: a model that none of these ways can run for many chains.
+            ValueError: no latent sites, a discrete one, a subsampled plate, an ``independent`` plate that does not
+                hold every latent site.
         """
         target = ModelTarget(model, args, kwargs, independent=independent, vectorize=vectorize)
-        target.check_broadcast()
+        target.choose_way()
         return cls._of(target)
 
     @classmethod

@@ -12,6 +12,7 @@ from pyro.distributions.transforms import OrderedTransform
 from torch import nn
 
 from pyro_ebm import VAE, LinearEnergy, LogDensity, TiltedDistribution, tilt
+from pyro_ebm.structure import DoesNotBroadcast
 
 Y = torch.tensor([0.3, -1.0, 2.0])
 
@@ -396,8 +397,10 @@ def test_a_model_that_indexes_from_the_left_names_the_site():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(z[0].sum(), 1.0), obs=torch.tensor(1.0))
 
-    with pytest.raises(ValueError, match="does not broadcast over chains: site 'x' gives other log prob"):
-        LogDensity.from_model(model)
+    with pytest.raises(DoesNotBroadcast, match="site 'x' gives other log probabilities for several runs") as caught:
+        LogDensity.from_model(model, vectorize="plate")
+    assert [(failure.way, failure.site) for failure in caught.value.failures] == [("plate", "x")]
+    assert LogDensity.from_model(model).target.vectorize == "vmap"
 
 
 def test_a_model_that_breaks_on_chains_says_so():
@@ -406,7 +409,7 @@ def test_a_model_that_breaks_on_chains_says_so():
         pyro.sample("x", dist.Normal(torch.eye(2) @ z, 1.0).to_event(1), obs=torch.ones(2))
         pyro.factor("f", float(z.sum()) * torch.ones(()) if z.ndim == 1 else z.reshape(2, 1).sum(-1))
 
-    with pytest.raises(ValueError, match=r"does not broadcast over chains \(an extra batch dimension at -1\)"):
+    with pytest.raises(ValueError, match=r"broadcast: in an outer plate \(an extra batch dimension at -1\), .*; under"):
         LogDensity.from_model(model)
 
 
@@ -429,8 +432,9 @@ def for_one_chain(y):
 
 def test_vmap_serves_a_model_that_does_not_broadcast():
     with pytest.raises(ValueError, match=r'at site x .*\(after site \'s\'\); index from the right .* vectorize="vmap"'):
-        LogDensity.from_model(for_one_chain, Y)
-    density = LogDensity.from_model(for_one_chain, Y, vectorize="vmap")
+        LogDensity.from_model(for_one_chain, Y, vectorize="plate")
+    density = LogDensity.from_model(for_one_chain, Y)
+    assert density.target.vectorize == "vmap"
     u = points(density)
     z, log_s, x = u[:, :2], u[:, 2], u[:, 3:]
     expected = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + dist.Gamma(2.0, 1.0).log_prob(log_s.exp()) + log_s
@@ -460,9 +464,12 @@ def test_vmap_cannot_serve_every_model():
         if z > 0:
             pyro.factor("f", z)
 
-    with pytest.raises(ValueError, match="vmap.* cannot serve this model either; use method=\"nuts\""):
+    with pytest.raises(DoesNotBroadcast, match="under torch.vmap, .*run the model for one value after another"):
         LogDensity.from_model(branching, vectorize="vmap")
-    with pytest.raises(ValueError, match=r"vectorize must be one of \('plate', 'vmap'\), got 'loop'"):
+    with pytest.raises(DoesNotBroadcast, match="in an outer plate .*; under torch.vmap, ") as caught:
+        LogDensity.from_model(branching)
+    assert caught.value.ways == ("plate", "vmap")
+    with pytest.raises(ValueError, match=r"vectorize must be one of \('auto', 'plate', 'vmap'\), got 'loop'"):
         LogDensity.from_model(branching, vectorize="loop")
 
 
@@ -473,9 +480,10 @@ def test_a_model_that_broadcasts_to_something_else_is_found_out():
         w = pyro.sample("w", dist.Normal(torch.zeros(3, 3), 1.0).to_event(2))
         pyro.factor("f", -w[:, 0].pow(2).sum(-1))
 
-    with pytest.raises(ValueError, match="site 'f' gives other log probabilities for two chains at once than for each"):
-        LogDensity.from_model(column)
-    density = LogDensity.from_model(column, vectorize="vmap")
+    with pytest.raises(ValueError, match="site 'f' gives other log probabilities for several runs at once than for"):
+        LogDensity.from_model(column, vectorize="plate")
+    density = LogDensity.from_model(column)
+    assert density.target.vectorize == "vmap"
     u = points(density)
     expected = dist.Normal(0.0, 1.0).log_prob(u).sum(-1) - u.reshape(5, 3, 3)[:, :, 0].pow(2).sum(-1)
     torch.testing.assert_close(density(u), expected)
@@ -487,7 +495,7 @@ def test_chains_that_are_mixed_are_found_out():
         pyro.factor("f", z - z.mean())
 
     with pytest.raises(ValueError, match="site 'f' gives other log probabilities"):
-        LogDensity.from_model(centered)
+        LogDensity.from_model(centered, vectorize="plate")
 
 
 def test_a_support_that_moves_is_refused():

@@ -224,7 +224,7 @@ def test_unadjusted_steps_are_taken_whatever_the_energy():
         (HMC, {"num_steps": 0}, "num_steps must be at least 1, got 0"),
         (ChEES, {"max_steps": 0}, "max_steps must be at least 1"),
         (ChEES, {"num_steps": 5}, "num_steps: ChEES learns the length of its trajectories; use HMC"),
-        (HMC, {"vectorize": "processes"}, r"vectorize must be one of \('plate', 'vmap'\), got 'processes'"),
+        (HMC, {"vectorize": "processes"}, r"vectorize must be one of \('auto', 'plate', 'vmap'\), got"),
     ],
 )
 def test_bad_options(kernel, options, message):

@@ -1,0 +1,165 @@
+"""The sites of one run of a model: which there are, their shapes, plates and log probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.randomness import forked_rng
+
+__all__ = [
+    "event_dim_of",
+    "is_bookkeeping",
+    "is_deterministic",
+    "is_factor",
+    "is_observed",
+    "keep_dims",
+    "latent_sites",
+    "log_prob_of",
+    "observed_sites",
+    "padded_shape",
+    "plate_depth",
+    "plate_dims",
+    "prototype_trace",
+    "sample_sites",
+    "subsampling_scale",
+    "unconditioned",
+    "unmasked",
+]
+
+
+class _Uncondition(UnconditionMessenger):
+    """Pyro's, but deterministic sites keep their value: drawn anew inside a plate they would change shape."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_deterministic(msg):
+            super()._pyro_sample(msg)
+
+
+def unconditioned(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with its observed sites drawn from their distributions."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _Uncondition():
+            return model(*args, **kwargs)
+
+    return run
+
+
+def prototype_trace(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> poutine.Trace:
+    """One run of the model, to see its sites and shapes; leaves no trace in random state or modules."""
+    with forked_rng(0), torch.no_grad(), poutine.block(), evaluation_mode(model):
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def sample_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+    """All sample sites of a trace, factors and deterministic sites among them, without subsampling."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
+
+
+def latent_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+    """The random, unobserved sample sites of a trace, without subsampling sites."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not is_bookkeeping(site)
+    }
+
+
+def observed_sites(trace: poutine.Trace) -> dict[str, torch.Tensor]:
+    """Observed values by site, without deterministic sites, factors and subsampling."""
+    return {
+        name: site["value"].detach()
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not is_bookkeeping(site)
+        and not is_deterministic(site)
+    }
+
+
+def plate_depth(trace: poutine.Trace) -> int:
+    """Number of dimensions, from the right, that vectorized plates use (``max_plate_nesting``)."""
+    frames = [f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]]
+    return max([-frame.dim for frame in frames if frame.vectorized], default=0)
+
+
+def plate_dims(site: Mapping[str, Any]) -> dict[str, int]:
+    """The vectorized plates a site lies in, with their dims."""
+    return {frame.name: frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+
+
+def padded_shape(shape: torch.Size, event_dim: int, depth: int) -> torch.Size:
+    """A site's shape with size-1 dims before it, so that a dim added in front lands left of ``depth`` plate dims."""
+    return torch.Size([1] * (depth - (len(shape) - event_dim))) + shape
+
+
+def is_bookkeeping(site: Mapping[str, Any]) -> bool:
+    """Whether a sample site is no random variable: subsampling, a factor, an auxiliary one."""
+    if site_is_subsample(site) or is_factor(site):
+        return True
+    return bool(site["infer"].get("is_auxiliary", False))
+
+
+def is_factor(site: Mapping[str, Any]) -> bool:
+    """Whether a site is a ``pyro.factor``."""
+    return type(site["fn"]).__name__ == "Unit"
+
+
+def is_deterministic(site: Mapping[str, Any]) -> bool:
+    """Whether a site is a ``pyro.deterministic``, or what a reparameterization made of a random one."""
+    return bool((site["infer"] or {}).get("_deterministic", False))
+
+
+def is_observed(site: Mapping[str, Any]) -> bool:
+    """Whether a site of a trace holds data (or is a factor)."""
+    return site["type"] == "sample" and site["is_observed"]
+
+
+def log_prob_of(site: Mapping[str, Any]) -> torch.Tensor:
+    """Log probability of a site's value before any mask, (*batch,)."""
+    return unmasked(site["fn"]).log_prob(site["value"])
+
+
+def unmasked(distribution: Any) -> Any:
+    """The distribution without its masks, which hide log probabilities: its draws are the same."""
+    while isinstance(distribution, MaskedDistribution):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def subsampling_scale(site: Mapping[str, Any]) -> float:
+    """How many data each one in the site's subsampled plates stands for; 1 without subsampling."""
+    return math.prod((frame.full_size or frame.size) / frame.size for frame in site["cond_indep_stack"] if frame.size)
+
+
+def event_dim_of(site: Mapping[str, Any]) -> int:
+    """Number of rightmost dims of a site's value that are one event."""
+    event_dim = len(site["fn"].event_shape)
+    if is_deterministic(site):  # by default it calls every dim an event dim, those of its plates too
+        outer = max([-dim for dim in plate_dims(site).values()], default=0)
+        event_dim = max(min(event_dim, site["value"].ndim - outer), 0)
+    return event_dim
+
+
+def keep_dims(values: torch.Tensor, keep: tuple[int, ...]) -> torch.Tensor:
+    """Sum over all dims but those in ``keep`` (negative, ascending); absent ones appear with size 1."""
+    if not keep:
+        return values.sum()
+    values = values.reshape([1] * max(-min(keep) - values.ndim, 0) + list(values.shape))
+    dims = [d for d in range(-values.ndim, 0) if d not in keep]
+    return values.sum(dims) if dims else values
