@@ -28,12 +28,12 @@ class LabelClassifier:
     """A support vector machine on principal components; made by :meth:`fit`.
 
     Args:
-        classes: the labels it knows, sorted; columns of :meth:`predict_proba`.
+        classes_: the labels it knows, sorted; columns of :meth:`predict_proba`.
         accuracy: share of labels predicted rightly, cross-validated on the images it was fitted on.
         event_shape: shape of one image.
     """
 
-    classes: tuple[int, ...]
+    classes_: tuple[int, ...]
     accuracy: float
     event_shape: torch.Size
     _machine: Any = field(repr=False)
@@ -85,10 +85,10 @@ class LabelClassifier:
         Raises:
             ValueError: images of another shape, or not finite.
         """
-        return torch.tensor(self.classes)[self.predict_proba(images).argmax(-1)]
+        return torch.tensor(self.classes_)[self.predict_proba(images).argmax(-1)]
 
     def predict_proba(self, images: Tensor) -> Tensor:
-        """Return class probabilities, float32 (n, classes), in the order of ``classes``.
+        """Return class probabilities, float32 (n, classes), in the order of ``classes_``.
 
         Args:
             images: (n, *event_shape), finite.
@@ -102,7 +102,7 @@ class LabelClassifier:
                 f"got {tuple(images.shape)}"
             )
         if len(images) == 0:
-            return torch.zeros(0, len(self.classes))
+            return torch.zeros(0, len(self.classes_))
         scores = self._machine.decision_function(_features(images))
         probabilities = self._calibration.predict_proba(scores.reshape(len(images), -1))
         return torch.from_numpy(probabilities).to(torch.float32)
@@ -136,6 +136,25 @@ class ClassBalance:
         """Return the total variation distance from ``target`` (uniform when ``None``)."""
         return total_variation(self.proportions, target)
 
+    @property
+    def chance(self) -> float:
+        """What chance alone adds to the total variation distance: that of so many labels from where they come from.
+
+        The mean distance between bootstrap and observed proportions; it falls as one over the root of ``ess``.
+        """
+        return self._distances().mean().item()
+
+    def tv_without_chance(self, target: Tensor | Sequence[float] | None = None) -> float:
+        """Return the total variation distance from ``target`` with chance taken off: ``sqrt(max(tv^2 - chance^2, 0))``.
+
+        Few labels lie far from the target even where they come from it. Chance is independent of the distance it is
+        added to, so the two add as squares; where all classes are clearly off the target this errs a little low.
+        """
+        return math.sqrt(max(self.tv(target) ** 2 - self.chance**2, 0.0))
+
+    def _distances(self) -> Tensor:
+        return 0.5 * (self.replicates - self.proportions).abs().sum(-1)
+
     def tv_interval(self, target: Tensor | Sequence[float] | None = None) -> tuple[float, float]:
         """Return an interval for the total variation distance of the true proportions from ``target``.
 
@@ -144,8 +163,7 @@ class ClassBalance:
         their quantiles can lie above the estimate; by the triangle inequality this interval does
         not, and its coverage is at least that of q.
         """
-        distances = 0.5 * (self.replicates - self.proportions).abs().sum(-1)
-        radius = torch.quantile(distances, self.prob).item()
+        radius = torch.quantile(self._distances(), self.prob).item()
         value = self.tv(target)
         return max(0.0, value - radius), min(1.0, value + radius)
 

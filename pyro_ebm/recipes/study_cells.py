@@ -272,7 +272,7 @@ def _judge_images(bench: Bench, vae: VAE, sampled: _Sampled | None) -> Row:
     split, classifier = bench.split, bench.classifier
     images = _generate(bench, vae, sampled)
     probabilities = torch.cat([classifier.predict_proba(part) for part in images.split(2_000)])
-    labels = torch.tensor(classifier.classes)[probabilities.argmax(-1)]
+    labels = torch.tensor(classifier.classes_)[probabilities.argmax(-1)]
     balance = class_balance(labels, split.classes)
     diversity = class_diversity(images, labels, split.test.images, split.test.labels, split.classes)
     return {

@@ -39,7 +39,7 @@ def test_classifier_is_right_on_images_it_has_not_seen(split: Any, classifier: L
     labels = torch.cat([split.biased.labels, split.test.labels])
     right = accuracy(classifier, images, labels)
     assert right > 0.97
-    assert classifier.classes == (0, 1, 2, 3, 4)
+    assert classifier.classes_ == (0, 1, 2, 3, 4)
     # The accuracy it reports is an estimate of this one; 361 and 435 images.
     assert abs(classifier.accuracy - right) < 4 * math.sqrt(0.02 * 0.98 * (1 / 361 + 1 / 435))
 
@@ -67,7 +67,7 @@ def test_labels_need_not_start_at_zero_and_images_may_have_any_shape() -> None:
     data = digits([3, 8])
     for images in (data.images, data.images.flatten(1), data.images.double()):
         two = LabelClassifier.fit(images, data.labels)
-        assert two.classes == (3, 8)
+        assert two.classes_ == (3, 8)
         assert two.predict_proba(images[:7]).shape == (7, 2)
         assert accuracy(two, images, data.labels) > 0.98
         assert two.predict(images[:0]).shape == (0,)
@@ -167,6 +167,35 @@ def test_total_variation_interval_is_not_needlessly_wide() -> None:
     low, high = class_balance(labels_of(6000, 4000), (0, 1)).tv_interval()
     assert 0.08 < low < 0.1 < high < 0.12
     assert class_balance(labels_of(6000, 4000), (0, 1)).tv([0.6, 0.4]) == pytest.approx(0.0)
+
+
+def test_what_chance_adds_is_the_distance_of_balanced_labels() -> None:
+    """Over many sets of 160 balanced labels; the normal approximation says .063."""
+    draws = torch.randint(5, (200, 160), generator=torch.Generator().manual_seed(0))
+    balances = [class_balance(row, range(5), num_bootstrap=200) for row in draws]
+    found = torch.tensor([balance.tv() for balance in balances])
+    chance = torch.tensor([balance.chance for balance in balances]).mean()
+    expected = 0.5 * 5 * math.sqrt(2 / math.pi * 0.16 / 160)
+    assert abs(found.mean() - expected) < 4 * found.std() / math.sqrt(200)
+    assert abs(chance - expected) < 0.05 * expected
+    without = torch.tensor([balance.tv_without_chance() for balance in balances])
+    assert without.mean() < 0.45 * found.mean()
+
+
+@pytest.mark.parametrize("shift", [0.03, 0.1, 0.2])
+def test_taking_chance_off_leaves_true_distances(shift: float) -> None:
+    p = 0.2 + shift * torch.tensor([0.6, 0.4, -0.3, -0.4, -0.3])
+    draws = torch.multinomial(p, 200 * 160, replacement=True, generator=torch.Generator().manual_seed(1))
+    balances = [class_balance(row, range(5), num_bootstrap=200) for row in draws.view(200, 160)]
+    found = torch.tensor([balance.tv_without_chance() for balance in balances])
+    assert abs(found.mean() - shift) < 0.35 * balances[0].chance
+    against = balances[0].tv_without_chance(p)
+    assert against == pytest.approx(math.sqrt(max(balances[0].tv(p) ** 2 - balances[0].chance ** 2, 0.0)))
+
+
+def test_more_labels_leave_less_to_chance() -> None:
+    few, many = (class_balance(labels_of(500, 500), (0, 1), ess=ess) for ess in (100.0, 1600.0))
+    assert few.chance == pytest.approx(4 * many.chance, rel=0.1)
 
 
 def test_distances_against_numbers_by_hand() -> None:
