@@ -36,6 +36,7 @@ test: $(TESTING) demo
 lint: $(LINTING)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent --config-file= tests/typed_program.py
 
 bench: $(BENCHING)
 	$(BIN)/python -m benchmarks.run $(BENCH)
