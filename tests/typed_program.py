@@ -17,11 +17,12 @@ def tilted(vae: VAE) -> TiltedModel:
 
 
 def main() -> None:
-    vae, result = trained(torch.rand(64, 8, 8))
+    data = torch.rand(64, 8, 8)
+    vae, result = trained(data)
     model = tilted(vae)
-    by_weights: Draws = importance(model, None, num_samples=500, seed=0)
-    by_chains: Draws = MCMC(ChEES(model), num_samples=50, num_chains=8, progress=False).run()
-    by_any: Draws = sample(model, method="smc", num_samples=100, seed=0)
+    by_weights: Draws = importance(model, None, data[:1], num_samples=500, seed=0)
+    by_chains: Draws = MCMC(ChEES(model), num_samples=50, num_chains=8, progress=False).run(data[:1])
+    by_any: Draws = sample(model, data[:1], method="smc", num_samples=100, seed=0)
     weights: torch.Tensor = by_weights.weights
     means = {name: float(draws.mean("z").norm()) for name, draws in {"chains": by_chains, "smc": by_any}.items()}
     images: torch.Tensor = vae.decode(by_chains.flat("z")).mean
