@@ -15,7 +15,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import nn
 
-__all__ = ["evaluation_mode", "frozen", "modules_of", "register_for_svi"]
+__all__ = ["evaluation_mode", "frozen", "modules_of", "name_of", "register_for_svi"]
 
 _instance_numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
@@ -43,6 +43,21 @@ def modules_of(*callables: Any) -> list[nn.Module]:
             candidates = []
         found += [module for module in candidates if not any(module is seen for seen in found)]
     return found
+
+
+def name_of(item: Any) -> str:
+    """What a person calls a model: ``VAE.model``, ``eight_schools``, ``TiltedModel``; of handlers, what they wrap."""
+    for inner in ("__wrapped__", "func"):  # of what Pyro's handlers return when used on a function; of a partial
+        if not isinstance(item, nn.Module) and callable(getattr(item, inner, None)):
+            return name_of(getattr(item, inner))
+    owner = getattr(item, "__self__", None)
+    if owner is not None and not isinstance(item, nn.Module) and hasattr(item, "__name__"):
+        return f"{type(owner).__name__}.{item.__name__}"
+    if isinstance(getattr(item, "__name__", None), str):
+        return str(item.__name__)
+    if not isinstance(item, nn.Module) and callable(getattr(item, "fn", None)):
+        return name_of(item.fn)
+    return type(item).__name__
 
 
 def register_for_svi(module: nn.Module, prefix: str) -> None:

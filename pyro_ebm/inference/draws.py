@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.display import describe_draws, draws_as_html
 from pyro_ebm.estimates import Estimate
+from pyro_ebm.modules import name_of
 
-__all__ = ["Draws"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Draws", "Source"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Source:
+    """The model that draws were made from, with its arguments, all by reference: nothing is copied.
+
+    Copies of draws share it; pickled draws come back without it (``None``), since a model need not be picklable
+    and its data can be large. :meth:`Draws.with_model` gives it again.
+
+    Args:
+        model: the Pyro model, tilted or not.
+        args: its arguments.
+        kwargs: its keyword arguments.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, target: Any) -> Source | None:
+        """The same of anything that has a model, its arguments and keyword arguments; ``None`` of ``None``."""
+        return None if target is None else cls(target.model, tuple(target.args), dict(target.kwargs))
+
+    def __repr__(self) -> str:
+        given = [type(arg).__name__ for arg in self.args] + [f"{name}=" for name in self.kwargs]
+        return f"Source({name_of(self.model)}({', '.join(given)}))"
+
+    def __copy__(self) -> Source:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,6 +85,8 @@ class Draws:
         seconds: wall-clock seconds, warm-up and compilation included.
         sampling_seconds: wall-clock seconds of the draws alone.
         notes: settings used and decisions taken, for the record.
+        source: the model and its arguments, by reference: what log likelihoods and deterministic sites are
+            computed with; ``None`` where there is none (a density given as a function, draws read from a pickle).
     """
 
     values: Mapping[str, Tensor]
@@ -58,6 +103,7 @@ class Draws:
     seconds: float = math.nan
     sampling_seconds: float = math.nan
     notes: Mapping[str, Any] = field(default_factory=dict)
+    source: Source | None = None
 
     def __post_init__(self) -> None:
         if not self.values:
@@ -76,9 +122,10 @@ class Draws:
             raise ValueError(f"log_weights must have shape {first}, got {tuple(self.log_weights.shape)}")
 
     def __repr__(self) -> str:
-        sites = ", ".join(f"{name}: {tuple(value.shape[2:])}" for name, value in self.values.items())
-        weighted = ", weighted" if self.log_weights is not None else ""
-        return f"Draws({self.method!r}, {self.num_chains} chains of {self.num_draws} draws{weighted}, {{{sites}}})"
+        return describe_draws(self)
+
+    def _repr_html_(self) -> str:
+        return draws_as_html(self)
 
     @property
     def num_chains(self) -> int:
@@ -134,6 +181,81 @@ class Draws:
         """
         index = torch.multinomial(self._weights(), num_samples, replacement=True, generator=generator)
         return {site: self.flat(site)[index] for site in self.values}
+
+    def equally_weighted(
+        self, num_samples: int | None = None, *, generator: torch.Generator | None = None
+    ) -> Draws:
+        """The draws without weights, one chain: resampled with replacement where they are weighted.
+
+        What reads no weights (ArviZ's summaries, ``az.loo``) reads these. Copies of one point are no more
+        information than the point: ``notes["ess"]`` of the weighted draws says what they are worth.
+
+        Args:
+            num_samples: how many; as many as there are when ``None``. Draws without weights are returned as they are.
+            generator: source of randomness; the global torch generator when ``None``.
+        """
+        if self.log_weights is None:
+            return self
+        num_samples = self.num_chains * self.num_draws if num_samples is None else num_samples
+        index = torch.multinomial(self._weights(), num_samples, replacement=True, generator=generator)
+        values = {site: value.flatten(0, 1)[index][None] for site, value in self.values.items()}
+        stats = {name: stat.flatten(0, 1)[index][None] for name, stat in self.stats.items()}
+        return dataclasses.replace(self, values=values, stats=stats, log_weights=None, pareto_k=None, warmup=None)
+
+    def of_chains(self, chains: Sequence[int] | Tensor) -> Draws:
+        """Some of the chains, with their statistics; weights are normalized anew.
+
+        Args:
+            chains: their positions.
+        """
+        index = torch.as_tensor(chains)
+        if torch.equal(index, torch.arange(self.num_chains)):
+            return self
+
+        def chosen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[index.to(value.device)] for name, value in tensors.items()}
+
+        logs = None if self.log_weights is None else self.log_weights[index.to(self.log_weights.device)]
+        return dataclasses.replace(
+            self,
+            values=chosen(self.values),
+            stats=chosen(self.stats),
+            log_weights=None if logs is None else logs - logs.flatten().logsumexp(0),
+            warmup=None if self.warmup is None else self.warmup.of_chains(index),
+        )
+
+    def with_model(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Draws:
+        """The same draws of a model that is given here: for draws that were made without one, or read from a file.
+
+        Args:
+            model: the Pyro model.
+            *args: its arguments, as it was sampled with.
+            **kwargs: its keyword arguments.
+        """
+        return dataclasses.replace(self, source=Source(model, args, kwargs))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a draw: ``chain``, ``draw``, one column a component, ``weight`` where the draws are weighted.
+
+        A scalar site is a column of its own name; components of others are named ``z[0]``, ``w[1,2]``.
+        """
+        import pandas as pd
+
+        chain, draw = torch.meshgrid(torch.arange(self.num_chains), torch.arange(self.num_draws), indexing="ij")
+        columns = {"chain": chain.flatten(), "draw": draw.flatten()}
+        if self.log_weights is not None:
+            columns["weight"] = self._weights()
+        for site in self.values:
+            rows = self.flat(site)[..., None]  # a component more, so that scalar sites have one
+            for name, column in zip(self.component_names(site), rows.flatten(1).unbind(1), strict=True):
+                columns[name] = column
+        return pd.DataFrame({name: column.detach().cpu().numpy() for name, column in columns.items()})
+
+    def component_names(self, site: str) -> list[str]:
+        """``["mu"]`` of a scalar site, ``["w[0,0]", "w[0,1]", ...]`` of others, in the order of a flattened value."""
+        shape = self.values[site].shape[2:]
+        indices = itertools.product(*(range(size) for size in shape))
+        return [f"{site}[{','.join(map(str, index))}]" for index in indices] if shape else [site]
 
 
 def _floating_dtype(values: Tensor) -> torch.dtype:

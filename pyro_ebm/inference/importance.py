@@ -14,9 +14,10 @@ from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
+from pyro_ebm.display import describe_log_likelihood, log_likelihood_as_html
 from pyro_ebm.errors import InferenceError, warn_user
 from pyro_ebm.estimates import Estimate, importance_estimate
-from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng, random_stream
 from pyro_ebm.structure import (
@@ -58,6 +59,12 @@ class LogLikelihood(NamedTuple):
         """Mean over the data, with its Monte Carlo error: it falls with n but for that of log Z."""
         own = (self.se**2 - self.log_z_se**2).clamp(min=0).sum().sqrt() / len(self.se)
         return Estimate(self.value.mean(), (own**2 + self.log_z_se.mean() ** 2).sqrt())
+
+    def __repr__(self) -> str:
+        return describe_log_likelihood(self)
+
+    def _repr_html_(self) -> str:
+        return log_likelihood_as_html(self)
 
 
 def importance(
@@ -118,6 +125,7 @@ def importance(
         log_z=Estimate(*(float(x) for x in log_z)),  # type: ignore[arg-type]
         pareto_k=k,
         observed=sampler.observed,
+        source=Source(model, args, kwargs),
         num_gradients=0,
         seconds=seconds,
         sampling_seconds=seconds,

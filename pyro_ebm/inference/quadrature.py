@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.density.log_density import LogDensity
-from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.draws import Draws, Source
 
 __all__ = ["as_log_density", "quadrature"]
 
@@ -88,6 +88,8 @@ def quadrature(
         stats={"lp": log_prob[keep][None]},
         log_weights=log_weights[None].to(log_prob.dtype),
         log_z=Estimate(float(log_z), float(error)),  # type: ignore[arg-type]
+        observed={} if density.target is None else density.target.observed,
+        source=Source.of(density.target),
         num_gradients=0,
         seconds=seconds,
         sampling_seconds=seconds,

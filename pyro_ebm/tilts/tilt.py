@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten
 
+from pyro_ebm.display import number, table
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.estimates import Estimate, importance_estimate
-from pyro_ebm.modules import modules_of, register_for_svi
+from pyro_ebm.modules import modules_of, name_of, register_for_svi
 from pyro_ebm.randomness import fingerprint
 from pyro_ebm.structure import ModelStructure, event_dim_of, model_structure, prototype_trace
 from pyro_ebm.tilts.forward import check_broadcast, forward_log_normalizer, forward_log_weights
@@ -117,6 +118,23 @@ class TiltedModel(nn.Module):
     @property
     def energies(self) -> dict[str, Energy]:
         return dict(zip(self._sites, self._energies, strict=True))  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        tilts = ", ".join(f"{site}: {type(energy).__name__}" for site, energy in self.energies.items())
+        return f"TiltedModel({name_of(self.base_model)}, {{{tilts}}}, log Z: {self._log_z_text()})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [site, type(energy).__name__, number(sum(p.numel() for p in energy.parameters()))]
+            for site, energy in self.energies.items()
+        ]
+        facts = [f"of {name_of(self.base_model)}", f"log Z: {self._log_z_text()}"]
+        return table("TiltedModel", facts, ["tilted site", "energy", "parameters"], rows)
+
+    def _log_z_text(self) -> str:
+        if isinstance(self.normalize, Normalizer):
+            return f"estimated at each call ({self.normalize.method}, {self.normalize.num_samples:,} draws)"
+        return "left out" if self.normalize is False else number(float(self.normalize))
 
     def unnormalized(self) -> TiltedModel:
         """The same tilt without log Z: for samplers, which need densities only up to a constant."""

@@ -17,6 +17,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_ebm.display import number, table
 from pyro_ebm.errors import CheckpointError, TrainingWarning, warn_user
 from pyro_ebm.modules import evaluation_mode, modules_of
 from pyro_ebm.randomness import forked_rng
@@ -56,6 +57,21 @@ class FitResult:
     stopped: str
     seconds: float
     seed: int
+
+    def _repr_html_(self) -> str:
+        rows = [["training", *_shown_losses(self.train_loss, self.best_epoch)]]
+        if self.validation_loss:
+            rows.append(["validation", *_shown_losses(self.validation_loss, self.best_epoch)])
+        seconds = f"{number(self.seconds)} s"
+        facts = [f"{self.epochs:,} epochs", f"stopped: {self.stopped}", seconds, f"seed {self.seed}"]
+        kept = f"the weights kept are those of epoch {self.best_epoch:,}" if self.best_epoch else "no epoch was better"
+        return table("FitResult", facts, ["loss per datum", "first", "kept", "last"], rows, [kept])
+
+
+def _shown_losses(losses: list[float], best_epoch: int) -> list[str]:
+    """The first, the kept and the last one, as text."""
+    kept = losses[best_epoch - 1] if 0 < best_epoch <= len(losses) else math.nan
+    return [number(loss) for loss in (losses[0] if losses else math.nan, kept, losses[-1] if losses else math.nan)]
 
 
 def fit(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,3 +97,57 @@ def test_statistics_and_log_z_may_be_per_datum():
 def test_unknown_site_lists_those_there_are():
     with pytest.raises(ValueError, match=r"site 'x' is not among the draws; sites: \['z'\]"):
         weighted().mean("x")
+
+
+# The model behind draws
+
+
+def by_hand(x):
+    return x
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_share_the_model(copied):
+    data = torch.zeros(3)
+    draws = weighted().with_model(by_hand, data, flag=True)
+    source = copied(draws).source
+    assert source is draws.source and source.args[0] is data and source.kwargs == {"flag": True}
+    assert repr(source) == "Source(by_hand(Tensor, flag=))"
+
+
+@pytest.mark.parametrize("model", [lambda: None, by_hand])
+def test_pickled_draws_come_back_without_the_model(model):
+    draws = weighted().with_model(model, torch.zeros(100_000))
+    data = pickle.dumps(draws)
+    assert len(data) < 5_000
+    back = pickle.loads(data)
+    assert back.source is None and torch.equal(back.values["z"], draws.values["z"])
+    assert back.with_model(model).source.model is model
+
+
+def test_equally_weighted_draws_follow_the_weights():
+    draws = replace(weighted(), stats={"lp": torch.tensor([[0.0, 2.0, 4.0, 1e6]])})
+    equal = draws.equally_weighted(20_000, generator=torch.Generator().manual_seed(0))
+    assert equal.log_weights is None and equal.values["z"].shape == (1, 20_000)
+    assert torch.equal(equal.stats["lp"], equal.values["z"])  # rows stay together
+    assert abs(float(equal.mean("z")) - 1.5) < 4 * float(draws.std("z")) / math.sqrt(20_000)
+    assert draws.equally_weighted().num_draws == 4
+    chains = Draws({"z": torch.zeros(2, 3)}, "nuts")
+    assert chains.equally_weighted() is chains
+
+
+def test_dataframe_of_chains():
+    values = {"mu": torch.arange(6.0).reshape(2, 3), "w": torch.arange(24.0).reshape(2, 3, 2, 2)}
+    values["n"] = torch.ones(2, 3).long()
+    table = Draws(values, "nuts").to_dataframe()
+    assert list(table) == ["chain", "draw", "mu", "w[0,0]", "w[0,1]", "w[1,0]", "w[1,1]", "n"]
+    assert table["chain"].tolist() == [0, 0, 0, 1, 1, 1] and table["draw"].tolist() == [0, 1, 2, 0, 1, 2]
+    row = table.query("chain == 1 and draw == 2").iloc[0]
+    assert row["mu"] == 5.0 and row["w[1,0]"] == values["w"][1, 2, 1, 0]
+    assert table["n"].dtype.kind == "i"
+
+
+def test_dataframe_of_weighted_draws():
+    table = weighted().to_dataframe()
+    assert list(table) == ["chain", "draw", "weight", "z"]
+    assert table["weight"].tolist() == pytest.approx([0.5, 0.25, 0.25, 0.0])

@@ -17,7 +17,7 @@ from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.annealing.population import Annealing, Population, anneal
 from pyro_ebm.inference.annealing.tempering import Path, kernel_for, path_to
 from pyro_ebm.inference.chains.report import worst_r_hat
-from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.kernels.kernel import Kernel
 from pyro_ebm.inference.kernels.langevin import ULA
 from pyro_ebm.randomness import random_seed, streams
@@ -166,6 +166,7 @@ def _as_draws(path: Path, population: Population) -> Draws:
         log_weights=(of_island - math.log(num))[:, None].expand(islands, num).to(points.u.dtype).contiguous(),
         log_z=estimate,
         observed={} if target is None else target.observed,
+        source=Source.of(target),
         num_gradients=path.num_gradients,
         notes=_notes(path, population),
     )

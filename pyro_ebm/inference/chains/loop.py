@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from pyro_ebm.arviz_statistics import r_hat
 from pyro_ebm.inference.density.capture import captured
 from pyro_ebm.inference.density.log_density import LogDensity
-from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.kernels.adaptation import Adaptation, Rescue, find_step_size, initial_tuning
 from pyro_ebm.inference.kernels.kernel import Info, Kernel, State
 from pyro_ebm.modules import frozen
@@ -205,6 +205,7 @@ class Chains:
             stats=self.record.stats(),
             warmup=warm,
             observed={} if target is None else target.observed,
+            source=Source.of(target),
             num_gradients=self.num_gradients,
             seconds=seconds,
             sampling_seconds=self.sampling_seconds,

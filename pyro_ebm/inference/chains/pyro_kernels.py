@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pyro_ebm.devices import one_thread
 from pyro_ebm.inference.chains.report import report_chains
 from pyro_ebm.inference.chains.starting_points import StartingPoints
-from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.modules import frozen
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace
@@ -266,6 +266,7 @@ class _Run:
         notes = {"init": rule, "interrupted": interrupted, "stopped": stopped}
         seconds = time.perf_counter() - start
         draws = self._collect(chains, transforms, seconds, observed_sites(trace), notes)
+        draws = replace(draws, source=Source(model, args, kwargs))
         report_chains(draws, strict=self.strict, interrupted=interrupted)
         return draws
 

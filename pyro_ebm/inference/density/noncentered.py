@@ -14,7 +14,7 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
 
-from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.structure import latent_sites, padded_shape, plate_depth, prototype_trace
 from pyro_ebm.tilts.tilt import TiltedModel
@@ -145,7 +145,9 @@ def centered(model: Callable[..., Any], draws: Draws, *args: Any, **kwargs: Any)
     shape = (draws.num_chains, draws.num_draws)
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     values = {name: value.reshape(*shape, *value.shape[1:]) for name, value in values.items()}
-    return dataclasses.replace(draws, values=values, dims={}, coords={})
+    own = TiltedModel(base.fn, model.energies, model.normalize) if isinstance(model, TiltedModel) else base.fn
+    source = Source(own, args, kwargs)
+    return dataclasses.replace(draws, values=values, dims={}, coords={}, source=source)
 
 
 def _run(
