@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.ours import flat
 from benchmarks.targets import Target, posterior
-from pyro_ebm.arviz_statistics import ess_bulk, r_hat
+from pyro_ebm.chain_statistics import ess_bulk, r_hat
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.mcmc import MCMC
 from pyro_ebm.inference.kernels.hmc import ChEES

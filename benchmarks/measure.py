@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_ebm.arviz_statistics import ess_bulk, mcse_mean, r_hat
+from pyro_ebm.chain_statistics import ess_bulk, mcse_mean, r_hat
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ from benchmarks.measure import Reference
 from benchmarks.targets import Target, posterior
 from benchmarks.weights import CACHE, checksum
 from pyro_ebm import LogDensity, quadrature
-from pyro_ebm.arviz_statistics import ess_bulk, mcse_mean, psis, r_hat
+from pyro_ebm.arviz_statistics import psis
+from pyro_ebm.chain_statistics import ess_bulk, mcse_mean, r_hat
 
 CHAINS, WARMUP, DRAWS = 64, 1_000, 2_000
 

@@ -1,4 +1,4 @@
-"""ArviZ's statistics on plain arrays, the same on ArviZ 0.23 and 1.x; ArviZ is imported when first used."""
+"""Which ArviZ there is, and its Pareto-smoothed importance sampling, the same on 0.23 and 1.x."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,23 +16,16 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = [
     "arviz_is_1x",
-    "ess_bulk",
-    "ess_tail",
     "importance_ess",
-    "mcse_mean",
     "psis",
     "quiet_import",
-    "r_hat",
 ]
 
-_TAIL = (0.05, 0.95)
 _MIN_WEIGHTS = 25  # five in the tail, what a generalized Pareto fit needs
-_MIN_DRAWS = 4  # ArviZ's own limit, checked here because ArviZ logs to stderr when it is not met
 
 
 @functools.cache
@@ -46,39 +39,6 @@ def quiet_import(name: str) -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(name)
-
-
-def ess_bulk(x: Tensor | NDArray[Any]) -> NDArray[np.float64]:
-    """Effective sample size of the rank-normalized draws: the precision of means and medians.
-
-    Args:
-        x: (chain, draw, *shape).
-
-    Returns:
-        float64 array of ``shape``, in draws summed over chains; NaN for constant or non-finite columns.
-
-    Reference:
-        Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), Rank-normalization, folding, and localization.
-    """
-    return _by_column(x, _statistic("ess", method="bulk"), min_chains=1)
-
-
-def ess_tail(x: Tensor | NDArray[Any]) -> NDArray[np.float64]:
-    """Effective sample size of the 5 % and 95 % quantiles (the smaller); arguments as :func:`ess_bulk`."""
-    return _by_column(x, _statistic("ess", method="tail", prob=_TAIL), min_chains=1)
-
-
-def r_hat(x: Tensor | NDArray[Any]) -> NDArray[np.float64]:
-    """Rank-normalized split R-hat: 1 when chains agree, do not trust above 1.01; NaN for a single chain.
-
-    Arguments, shape of the result and reference as in :func:`ess_bulk`.
-    """
-    return _by_column(x, _statistic("rhat", method="rank"), min_chains=2)
-
-
-def mcse_mean(x: Tensor | NDArray[Any]) -> NDArray[np.float64]:
-    """Monte Carlo standard error of the mean, in units of ``x``; arguments as :func:`ess_bulk`."""
-    return _by_column(x, _statistic("mcse", method="mean"), min_chains=1)
 
 
 def psis(log_weights: Tensor | NDArray[Any]) -> tuple[Tensor, float]:
@@ -155,33 +115,6 @@ def _psislw(log_weights: Tensor) -> tuple[Tensor, float]:
         else:
             smoothed, k = quiet_import("arviz").psislw(array)
     return torch.as_tensor(smoothed, dtype=log_weights.dtype), float(k)
-
-
-def _statistic(name: str, **options: Any) -> Callable[[NDArray[np.float64]], float]:
-    """One of ArviZ's statistics as a function of a (chain, draw) array."""
-    if arviz_is_1x():
-        function = getattr(quiet_import("arviz_stats.base").array_stats, name)
-        return functools.partial(function, chain_axis=0, draw_axis=1, **options)
-    return functools.partial(getattr(quiet_import("arviz"), name), **options)
-
-
-def _by_column(
-    x: Tensor | NDArray[Any], statistic: Callable[[NDArray[np.float64]], float], *, min_chains: int
-) -> NDArray[np.float64]:
-    import numpy as np
-
-    array = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
-    if array.ndim < 2:
-        raise ValueError(f"x must have shape (chain, draw, *shape), got {array.shape}")
-    out = np.full(array.shape[2:], np.nan)
-    if array.shape[0] < min_chains or array.shape[1] < _MIN_DRAWS:
-        return out
-    with _silent():
-        for index in np.ndindex(out.shape):
-            column = array[(slice(None), slice(None), *index)]
-            if np.isfinite(column).all() and np.ptp(column) > 0:
-                out[index] = float(statistic(column))
-    return out
 
 
 @contextmanager

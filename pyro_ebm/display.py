@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_ebm.arviz_statistics import ess_bulk, importance_ess, r_hat
+from pyro_ebm.arviz_statistics import importance_ess
+from pyro_ebm.chain_statistics import ess_bulk, r_hat
 
 __all__ = [
     "describe_draws",

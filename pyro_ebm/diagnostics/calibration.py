@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pyro_ebm.diagnostics.moments import bulk_ess, component_names, components, is_exact, tail_ess
+from pyro_ebm.diagnostics.moments import component_names, components, is_exact, worth
 from pyro_ebm.diagnostics.ranks import Calibration
 from pyro_ebm.errors import InferenceError, InferenceWarning, warn_user
 from pyro_ebm.inference.draws import Draws
@@ -371,7 +371,8 @@ def _worth(draws: Draws, sites: list[str]) -> int:
     if is_exact(draws):  # a grid: as many as one likes
         return draws.num_draws
     x = components(draws, sites)
-    sizes = torch.cat([bulk_ess(draws, x), tail_ess(draws, x)])
+    known = worth(draws, x)
+    sizes = torch.cat([known.bulk, known.tail])
     sizes = sizes[sizes.isfinite()]
     return int(sizes.min() + 1e-6) if len(sizes) else draws.num_chains  # too short to tell, or stuck: one a chain
 

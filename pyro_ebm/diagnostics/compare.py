@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm.arviz_statistics import importance_ess, psis, r_hat
+from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.diagnostics.moments import (
     MIN_ISLANDS,
     Moments,
-    bulk_ess,
     component_names,
     components,
     error_in_se,
     has_islands,
     is_exact,
     moments,
-    tail_ess,
+    worth,
 )
 from pyro_ebm.inference.draws import Draws
 
@@ -167,7 +166,8 @@ def _row(draws: Draws, sites: list[str], truth: Moments | None, limits: _Thresho
     x = components(draws, sites)
     own = moments(draws, sites)
     half = len(own.mean) // 2
-    ess, tail = _extreme(bulk_ess(draws, x), min), _extreme(tail_ess(draws, x), min)
+    bulk, tail, hats = worth(draws, x)
+    ess = _extreme(bulk, min)
     gradients = math.nan if draws.num_gradients is None else float(draws.num_gradients)
     log_z, log_z_se = _scalars(draws)
     error, where = _worst_error(own, truth, component_names(draws, sites))
@@ -176,8 +176,8 @@ def _row(draws: Draws, sites: list[str], truth: Moments | None, limits: _Thresho
         "draws": draws.num_draws,
         "chains": draws.num_chains,
         "ess_bulk": ess,
-        "ess_tail": tail,
-        "r_hat": _worst_r_hat(x) if draws.log_weights is None else math.nan,
+        "ess_tail": _extreme(tail, min),
+        "r_hat": _extreme(hats, max),
         "mcse_per_sd": _extreme((own.se / own.sd)[:half], max),
         "pareto_k": _pareto_k(draws),
         "divergences": float(draws.stats["diverging"].sum()) if "diverging" in draws.stats else math.nan,
@@ -259,13 +259,6 @@ def _error_limit(normal_limit: float, *involved: Draws | None) -> float:
 def _number(value: float) -> str:
     """Two decimals, or as many as it takes to differ from 1."""
     return f"{value:.2f}" if math.isnan(value) or abs(value - 1) >= 0.015 else f"{value:.4f}"
-
-
-def _worst_r_hat(x: Tensor) -> float:
-    if len(x) == 1:
-        half = x.shape[1] // 2
-        x = torch.cat([x[:, :half], x[:, -half:]]) if half else x
-    return _extreme(r_hat(x), max)
 
 
 def _worst_error(own: Moments, truth: Moments | None, names: list[str]) -> tuple[float, str]:

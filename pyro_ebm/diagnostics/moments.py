@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm import arviz_statistics as statistics
-from pyro_ebm.arviz_statistics import importance_ess, mcse_mean
+from pyro_ebm.arviz_statistics import importance_ess
+from pyro_ebm.chain_statistics import chain_statistics, ess_bulk, mcse_mean, r_hat
 from pyro_ebm.inference.draws import Draws
 
 __all__ = [
     "MIN_ISLANDS",
     "Moments",
+    "Worth",
     "bulk_ess",
     "component_names",
     "components",
@@ -23,7 +24,7 @@ __all__ = [
     "has_islands",
     "is_exact",
     "moments",
-    "tail_ess",
+    "worth",
 ]
 
 MIN_ISLANDS = 4  # fewer say next to nothing about how much islands differ
@@ -38,6 +39,14 @@ class Moments(NamedTuple):
     mean: Tensor
     se: Tensor
     sd: Tensor
+
+
+class Worth(NamedTuple):
+    """What the draws of each component are worth; all three have shape (component,)."""
+
+    bulk: Tensor
+    tail: Tensor
+    r_hat: Tensor
 
 
 def is_exact(draws: Draws) -> bool:
@@ -105,7 +114,7 @@ def bulk_ess(draws: Draws, x: Tensor) -> Tensor:
     if is_exact(draws):
         return x.new_full(x.shape[2:], torch.nan)
     if draws.log_weights is None:
-        return torch.as_tensor(statistics.ess_bulk(x))
+        return torch.as_tensor(ess_bulk(x))
     weights = _weights(draws)
     limit = importance_ess(weights.log().flatten())
     if not has_islands(draws):
@@ -115,16 +124,30 @@ def bulk_ess(draws: Draws, x: Tensor) -> Tensor:
     return torch.where(_constant(x), torch.nan, size.clamp(max=limit))
 
 
-def tail_ess(draws: Draws, x: Tensor) -> Tensor:
-    r"""Effective number of draws for the 5 % and the 95 % quantile (the smaller) of each component.
+def worth(draws: Draws, x: Tensor) -> Worth:
+    r"""Effective numbers of draws for the mean and for the tails of each component, and R-hat.
 
-    As :func:`bulk_ess`; for weighted draws :math:`p (1 - p) / se^2` of the weighted share ``p`` of draws
-    below the quantile.
+    ``bulk`` as :func:`bulk_ess`. ``tail`` is the smaller of those for the 5 % and the 95 % quantile, for
+    weighted draws :math:`p (1 - p) / se^2` of the weighted share ``p`` of draws below the quantile. R-hat of a
+    single chain is that of its halves; NaN for weighted draws.
+
+    Args:
+        draws: what ``x`` was made of.
+        x: :func:`components` of them, shape (chain, draw, component).
     """
+    nothing = x.new_full(x.shape[2:], torch.nan)
     if is_exact(draws):
-        return x.new_full(x.shape[2:], torch.nan)
-    if draws.log_weights is None:
-        return torch.as_tensor(statistics.ess_tail(x))
+        return Worth(nothing, nothing, nothing)
+    if draws.log_weights is not None:
+        return Worth(bulk_ess(draws, x), _weighted_tail_ess(draws, x), nothing)
+    found = chain_statistics(x, "ess_bulk", "ess_tail", "r_hat")
+    half = x.shape[1] // 2
+    if len(x) == 1 and half:
+        found["r_hat"] = r_hat(torch.cat([x[:, :half], x[:, -half:]]))
+    return Worth(*(torch.as_tensor(found[name]) for name in ("ess_bulk", "ess_tail", "r_hat")))
+
+
+def _weighted_tail_ess(draws: Draws, x: Tensor) -> Tensor:
     weights = _weights(draws)
     ordered, order = x.flatten(0, 1).sort(0)
     cumulative = weights.flatten()[order].cumsum(0)

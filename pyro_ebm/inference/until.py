@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.arviz_statistics import ess_bulk, r_hat
+from pyro_ebm.chain_statistics import chain_statistics
 from pyro_ebm.errors import InferenceError, warn_user
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.mcmc import MCMC
@@ -113,8 +113,8 @@ def judged(values: Mapping[str, Tensor], target: Target) -> dict[str, Any]:
     """
     ess, worst = math.nan, math.nan
     if all(bool(value.isfinite().all()) for value in values.values()):
-        sizes = torch.cat([torch.as_tensor(ess_bulk(value)).flatten() for value in values.values()])
-        hats = torch.cat([torch.as_tensor(r_hat(value)).flatten() for value in values.values()])
+        found = [chain_statistics(value, "ess_bulk", "r_hat") for value in values.values()]
+        sizes, hats = (torch.cat([torch.as_tensor(each[name]).flatten() for each in found]) for name in found[0])
         ess, worst = _extreme(sizes, torch.min), _extreme(hats, torch.max)
     single = all(len(value) == 1 for value in values.values())
     met = ess >= target.ess and (single or worst < target.max_r_hat)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm import datasets
-from pyro_ebm.arviz_statistics import ess_bulk
+from pyro_ebm.chain_statistics import ess_bulk
 from pyro_ebm.datasets.splits import BiasedSplit, biased_split
 from pyro_ebm.devices import one_thread
 from pyro_ebm.diagnostics.balance import ClassBalance, LabelClassifier, class_balance, fairness_discrepancy

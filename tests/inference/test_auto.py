@@ -20,7 +20,7 @@ from pyro_ebm import (
     tilt,
     to_arviz,
 )
-from pyro_ebm.arviz_statistics import ess_bulk, r_hat
+from pyro_ebm.chain_statistics import ess_bulk, r_hat
 from pyro_ebm.inference import auto, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*chains disagree:pyro_ebm.InferenceWarning")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyro_ebm import MALA, MCMC, ChEES, InferenceError, InferenceWarning, LinearEnergy, importance, tilt
-from pyro_ebm.arviz_statistics import ess_bulk, r_hat
+from pyro_ebm.chain_statistics import ess_bulk, r_hat
 from pyro_ebm.inference import until
 from pyro_ebm.inference.until import Target, importance_until, judged, run_until
 

@@ -24,7 +24,7 @@ from pyro_ebm import (
     log_normalizer,
     tilt,
 )
-from pyro_ebm.arviz_statistics import mcse_mean
+from pyro_ebm.chain_statistics import mcse_mean
 from pyro_ebm.energies import as_energy
 
 N, D = 5, 2

@@ -21,7 +21,7 @@ from pyro_ebm import (
     QuadraticEnergy,
     TiltedDistribution,
 )
-from pyro_ebm.arviz_statistics import mcse_mean
+from pyro_ebm.chain_statistics import mcse_mean
 from pyro_ebm.energies import gaussian_log_normalizer
 from pyro_ebm.estimates import importance_estimate
 

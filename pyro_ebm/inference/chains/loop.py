@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ebm.arviz_statistics import r_hat
+from pyro_ebm.chain_statistics import r_hat
 from pyro_ebm.inference.density.capture import captured
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws, Source

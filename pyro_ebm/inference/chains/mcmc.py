@@ -12,7 +12,7 @@ from pyro.infer.mcmc.util import print_summary
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ebm.arviz_statistics import ess_bulk, r_hat
+from pyro_ebm.chain_statistics import ess_bulk, r_hat
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.report import report_chains
 from pyro_ebm.inference.chains.starts import chain_starts, given_starts

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from pyro_ebm.arviz_statistics import r_hat
+from pyro_ebm.chain_statistics import r_hat
 from pyro_ebm.errors import InferenceError, warn_user
 from pyro_ebm.inference.draws import Draws
 

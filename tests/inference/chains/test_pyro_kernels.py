@@ -31,7 +31,7 @@ from pyro_ebm import (
     quadrature,
     tilt,
 )
-from pyro_ebm.arviz_statistics import ess_bulk, mcse_mean
+from pyro_ebm.chain_statistics import ess_bulk, mcse_mean
 from pyro_ebm.inference.chains.report import report_chains
 
 # Runs as short as most of these often have an R-hat above 1.05.

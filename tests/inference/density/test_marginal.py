@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_ebm import MCMC, VAE, ChEES, LinearEnergy, QuadraticEnergy, marginal_density, quadrature
-from pyro_ebm.arviz_statistics import mcse_mean
+from pyro_ebm.chain_statistics import mcse_mean
 
 W = torch.tensor([[1.0, 0.5], [0.0, 1.0], [0.3, -0.4]])
 B = torch.tensor([0.5, -1.0, 0.0])

@@ -25,7 +25,7 @@ from pyro_ebm import (
     quadrature,
     tilt,
 )
-from pyro_ebm.arviz_statistics import mcse_mean
+from pyro_ebm.chain_statistics import mcse_mean
 from pyro_ebm.inference.density import noncentered as module
 from pyro_ebm.modules import modules_of
 from pyro_ebm.structure import latent_sites, prototype_trace
