@@ -49,9 +49,9 @@ def psis(log_weights: Tensor | NDArray[Any]) -> tuple[Tensor, float]:
 
     Returns:
         Smoothed log weights, shape (draw,), ``exp`` of which sum to one; and k. Trust estimates up to
-        k = 0.7. k is 0 where all weights of the tail are equal (bounded, nothing to fit), ``inf`` with
-        fewer than 25 positive weights (too few to tell), NaN where weights are NaN or infinite. Where
-        they take too few values for a fit, k is 0 if they are worth 25 draws and ``inf`` if not.
+        ``thresholds.pareto_k_limit(draw)``. k is 0 where all weights of the tail are equal (bounded, nothing
+        to fit), ``inf`` with fewer than 25 positive weights (too few to tell), NaN where weights are NaN or infinite.
+        Where they take too few values for a fit, k is 0 if they are worth 25 draws and ``inf`` if not.
 
     Raises:
         ValueError: if ``log_weights`` is not one-dimensional.

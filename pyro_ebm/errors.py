@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-__all__ = ["CheckpointError", "InferenceError", "InferenceWarning", "TrainingWarning", "warn_user"]
+__all__ = ["CheckpointError", "InferenceError", "InferenceWarning", "TrainingWarning", "report", "warn_user"]
 
 
 class InferenceWarning(UserWarning):
@@ -30,6 +30,22 @@ def warn_user(message: str, category: type[Warning] = InferenceWarning) -> None:
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def report(problem: str | None, *, strict: bool) -> None:
+    """Warn of a result that should not be trusted as it is; nothing where there is no problem.
+
+    Args:
+        problem: cause and remedy in words; None or empty where all is well.
+        strict: raise instead of warn.
+
+    Raises:
+        InferenceError: of a problem, with ``strict``.
+    """
+    if problem and strict:
+        raise InferenceError(problem)
+    if problem:
+        warn_user(problem)
 
 
 def _is_ours(module: str) -> bool:

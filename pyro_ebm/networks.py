@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_ebm.checks import is_whole_number, whole_number
+
 __all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder"]
 
 Activation = Callable[[], nn.Module]
@@ -18,7 +20,7 @@ _SMALLEST_SCALE = 1e-4
 
 def _checked_shape(event_shape: Sequence[int] | int, dims: int | None = None) -> tuple[int, ...]:
     shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-    if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+    if not shape or not all(map(is_whole_number, shape)):
         raise ValueError(f"event_shape must hold one or more positive whole numbers, got {event_shape!r}")
     if dims is not None and len(shape) != dims:
         raise ValueError(
@@ -30,13 +32,12 @@ def _checked_shape(event_shape: Sequence[int] | int, dims: int | None = None) ->
 
 def _checked_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {size!r}")
+        whole_number(name, size)
 
 
 def _checked_hidden(hidden: Sequence[int], at_least: int = 0) -> list[int]:
     sizes = list(hidden)
-    if len(sizes) < at_least or any(not isinstance(size, int) or size < 1 for size in sizes):
+    if len(sizes) < at_least or not all(map(is_whole_number, sizes)):
         raise ValueError(
             f"hidden must hold {at_least} or more positive layer sizes, got {hidden!r}; for instance (64, 32)"
         )

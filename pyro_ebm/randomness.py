@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-__all__ = ["fingerprint", "forked_rng", "random_seed", "random_stream", "streams"]
+__all__ = ["fingerprint", "forked_rng", "one_source", "random_seed", "random_stream", "streams"]
 
 
 def fingerprint(tensors: Iterable[torch.Tensor], *salt: object) -> int:
@@ -46,6 +46,12 @@ def forked_rng(seed: int | None) -> Iterator[None]:
 def random_stream(seed: int | None) -> AbstractContextManager[None]:
     """``None``: the global generator, which advances; a number: a stream of its own that starts there."""
     return nullcontext() if seed is None else forked_rng(seed)
+
+
+def one_source(seed: int | None, generator: torch.Generator | None) -> None:
+    """Refuse a seed and a generator at once."""
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator both given: one source of randomness, please")
 
 
 def random_seed(seed: int | None, generator: torch.Generator | None) -> int:

@@ -113,7 +113,7 @@ def test_success_prints_the_tables_and_writes_the_files(tmp_path, monkeypatch):
         ("--methods snis,gibbs", "methods must be among"),
         ("--methods ,", r"methods must be among .* got \(\)"),
         ("--num-samples 3", "num_samples must be at least 4 per chain, got 3"),
-        ("--latent-dim 0", "latent_dim must be at least 1, got 0"),
+        ("--latent-dim 0", "latent_dim must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_options(tmp_path, arguments, match):

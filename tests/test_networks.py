@@ -61,9 +61,9 @@ def test_a_vector_needs_no_tuple():
     [
         (lambda: MLPEncoder((), 2), r"event_shape must hold one or more positive whole numbers, got \(\)"),
         (lambda: MLPEncoder((8, 0), 2), r"event_shape must hold .* got \(8, 0\)"),
-        (lambda: MLPEncoder((8, 8), 0), r"latent_dim must be a positive whole number, got 0"),
+        (lambda: MLPEncoder((8, 8), 0), r"latent_dim must be a whole number of at least 1, got 0"),
         (lambda: MLPDecoder(2, (8,), (16, -1)), r"hidden must hold .* got \(16, -1\)"),
-        (lambda: MLPDecoder(2, (8,), num_outputs=0), "num_outputs must be a positive whole number"),
+        (lambda: MLPDecoder(2, (8,), num_outputs=0), "num_outputs must be a whole number of at least 1"),
         (lambda: ConvEncoder((8, 8), 2), r"\(channels, height, width\).*got \(8, 8\); add a channel"),
         (lambda: ConvDecoder(2, (1, 8, 8), ()), r"hidden must hold 1 or more positive layer sizes"),
         (

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.checks import whole_number
+
 __all__ = [
     "ClassBalance",
     "LabelClassifier",
@@ -210,8 +212,7 @@ def class_balance(
     weights = _checked_weights(labels, names, weights)
     if not 0.0 < prob < 1.0:
         raise ValueError(f"prob must lie strictly between 0 and 1, got {prob}")
-    if num_bootstrap < 1:
-        raise ValueError(f"num_bootstrap must be at least 1, got {num_bootstrap}")
+    whole_number("num_bootstrap", num_bootstrap)
     if ess is None:  # exactly n without weights, where the formula would round
         ess = n if equal else float(1.0 / weights.square().sum())
     if not (math.isfinite(ess) and ess > 0.0):

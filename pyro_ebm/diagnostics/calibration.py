@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.diagnostics.moments import component_names, components, is_exact, worth
 from pyro_ebm.diagnostics.ranks import Calibration
 from pyro_ebm.errors import InferenceError, InferenceWarning, warn_user
@@ -120,8 +121,7 @@ def _check_options(sampler: Any, num_simulations: int, num_draws: int, quantitie
             f"sampler must be callable as sampler(model, *args, seed=...), got {type(sampler).__name__}"
         )
     for name, value in {"num_simulations": num_simulations, "num_draws": num_draws}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        whole_number(name, value)
     if not isinstance(quantities or {}, Mapping):
         raise TypeError(f"quantities must be a mapping {{name: function}}, got {type(quantities).__name__}")
 

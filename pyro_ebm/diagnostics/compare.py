@@ -22,6 +22,7 @@ from pyro_ebm.diagnostics.moments import (
     worth,
 )
 from pyro_ebm.inference.draws import Draws
+from pyro_ebm.thresholds import MAX_R_HAT, pareto_k_limit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,9 +45,9 @@ def compare(
     draws: Mapping[str, Draws],
     *,
     reference: Draws | str | None = None,
-    max_r_hat: float = 1.01,
+    max_r_hat: float = MAX_R_HAT,
     min_ess: float = 400.0,
-    max_pareto_k: float = 0.7,
+    max_pareto_k: float | None = None,
     max_divergent: float = 0.001,
     max_error: float = 4.0,
 ) -> pd.DataFrame:
@@ -85,7 +86,7 @@ def compare(
         reference: exact draws (a quadrature grid) or trusted ones (a long run), or the name of an entry.
         max_r_hat: R-hat above it falls.
         min_ess: bulk or tail ESS below it falls.
-        max_pareto_k: Pareto k above it falls.
+        max_pareto_k: Pareto k above it falls; by default what the number of draws allows, at most 0.7.
         max_divergent: divergences fall when they may stand for more than this share of transitions: the
             upper end of a 95 % interval counts. Of 4,000 transitions any that diverges falls, of a million
             about 940 may. Data sampled each on its own are each held to it. With 0 any divergence falls.
@@ -113,7 +114,9 @@ def compare(
     for name, each in draws.items():
         comparable = reference is not each and not (is_exact(each) and reference and is_exact(reference))
         error = _error_limit(max_error, each, reference)
-        limits = _Thresholds(max_r_hat, min_ess, max_pareto_k, max_divergent, error)
+        num = each.num_chains * each.num_draws
+        max_k = pareto_k_limit(num) if max_pareto_k is None else max_pareto_k
+        limits = _Thresholds(max_r_hat, min_ess, max_k, max_divergent, error)
         rows[name] = _row(each, sites, truth if comparable else None, limits)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("sampler")
     extra = pd.DataFrame.from_dict({name: _kernel_stats(each) for name, each in draws.items()}, orient="index")
@@ -223,7 +226,7 @@ def _fallen_weights(row: dict[str, Any], draws: Draws, limits: _Thresholds) -> l
             fallen.append(f"weight on {effective:.1f} of {count} islands")
     due = draws.pareto_k is not None or not _are_particles(draws)
     if due and not row["pareto_k"] <= limits.max_pareto_k:
-        fallen.append(f"pareto_k {row['pareto_k']:.2f} > {limits.max_pareto_k:g}")
+        fallen.append(f"pareto_k {row['pareto_k']:.2f} > {limits.max_pareto_k:.2g}")
     return fallen
 
 

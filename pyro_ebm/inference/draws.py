@@ -76,7 +76,8 @@ class Draws:
         log_weights: (chain, draw), normalized so that ``exp`` of them sums to one over all entries.
         log_z: log of the normalizing constant of the unnormalized target, with its standard error; one
             number, or one for each datum.
-        pareto_k: shape of the generalized Pareto tail of the weights (PSIS); above 0.7 do not trust.
+        pareto_k: shape of the generalized Pareto tail of the weights (PSIS); do not trust above 0.7, or less
+            with few draws.
         observed: observed site -> data, factor sites left out.
         dims: site -> names of the dimensions of ``site_shape``.
         coords: dimension name -> labels.

@@ -11,11 +11,13 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_ebm.arviz_statistics import psis
+from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import event_dim_of, padded_shape, plate_depth, prototype_trace, unconditioned
+from pyro_ebm.thresholds import pareto_k_limit
 from pyro_ebm.tilts.normalizer import checked_energy
 from pyro_ebm.tilts.tilt import TiltedModel
 
@@ -54,8 +56,7 @@ def predictive(
         ValueError: where a tilted site is not among ``draws`` (given the others its distribution is not the model's);
             where ``draws`` do not fit the model; where, without ``draws``, the model has factors of its own.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    whole_number("num_samples", num_samples)
     base = model.base_model if isinstance(model, TiltedModel) else model
     with random_stream(seed), evaluation_mode(model), torch.no_grad():
         if draws is not None:
@@ -161,8 +162,8 @@ def _check_weights(log_weights: Tensor) -> None:
         )
     worst = int(log_weights.softmax(0).square().sum(0).argmax())
     _, k = psis(log_weights[:, worst])
-    if k > 0.7:
+    if k > (limit := pareto_k_limit(len(log_weights))):
         warn_user(
             f"predictive draws of a tilted model: the weights exp(-E) of forward runs are not reliable (Pareto k = "
-            f"{k:.2f} > 0.7); draw the tilted sites by MCMC and pass them as draws="
+            f"{k:.2f} > {limit:.2g}); draw the tilted sites by MCMC and pass them as draws="
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws, Source
@@ -69,8 +70,9 @@ def quadrature(
             f"use a sampler, or compare against a long trusted run"
         )
     num = (2048 if density.dim == 1 else 256) if num_points is None else num_points
-    if num < 3 or not radius > 0:
-        raise ValueError(f"num_points must be at least 3 and radius positive, got {num_points} and {radius}")
+    whole_number("num_points", num, at_least=3)
+    if not radius > 0:
+        raise ValueError(f"radius must be positive, got {radius}")
     box, evaluations = _find_mass(density, radius, 1024 if density.dim == 1 else 128)
     points, spacing = _grid(box, num + 1 - num % 2)
     log_prob = _evaluate(density, points)

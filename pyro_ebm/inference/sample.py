@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.distributions import Distribution
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.annealing.smc import SMC
 from pyro_ebm.inference.auto import auto
 from pyro_ebm.inference.chains.mcmc import MCMC
@@ -90,8 +91,8 @@ def sample(
             f'model must be a Pyro model for method="{method}", got {type(model).__name__}; sample it in a model, '
             f"pyro.sample(name, distribution), or use one of {(*_KERNELS, 'smc')}"
         )
-    if num_chains is not None and num_chains < 1:
-        raise ValueError(f"num_chains must be at least 1, got {num_chains}")
+    if num_chains is not None:
+        whole_number("num_chains", num_chains)
     began = time.perf_counter()
     kwargs = dict(options.pop("model_kwargs", None) or {})
     _refuse_unknown(method, options)

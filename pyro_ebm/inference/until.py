@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.chain_statistics import chain_statistics
-from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.checks import whole_number
+from pyro_ebm.errors import report
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.mcmc import MCMC
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import importance
+from pyro_ebm.thresholds import MAX_R_HAT, pareto_k_limit
 
 __all__ = ["Target", "importance_until", "judged", "reported", "run_until"]
 
@@ -34,21 +36,21 @@ class Target:
         max_r_hat: the R-hat that none may exceed.
         max_seconds: of wall-clock time in all.
         max_draws: per chain.
-        max_k: the Pareto k above which importance sampling is given up.
+        max_k: the Pareto k above which importance sampling is given up, where the draws' own limit is not lower.
     """
 
     ess: float
-    max_r_hat: float = 1.01
+    max_r_hat: float = MAX_R_HAT
     max_seconds: float = 60.0
     max_draws: int | None = None
-    max_k: float = 0.7
+    max_k: float = math.inf
 
     def __post_init__(self) -> None:
         for name in ("ess", "max_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.max_draws is not None and self.max_draws < 1:
-            raise ValueError(f"num_samples must be at least 1, got {self.max_draws}")
+        if self.max_draws is not None:
+            whole_number("num_samples", self.max_draws)
 
 
 def run_until(mcmc: MCMC, target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, began: float) -> Draws:
@@ -139,9 +141,7 @@ def reported(draws: Draws, target: Target, *, strict: bool) -> Draws:
     if "r_hat" in draws.notes:
         message += f" and R-hat {draws.notes['r_hat']:.3f} (at most {target.max_r_hat:g})"
     message += '; allow more, or try another method ("smc" where there are several modes)'
-    if strict:
-        raise InferenceError(message)
-    warn_user(message)
+    report(message, strict=strict)
     return draws
 
 
@@ -158,8 +158,8 @@ def importance_until(
 ) -> Draws:
     """Importance sampling with as many draws as it takes; ``notes["stopped"]`` says what ended it.
 
-    A Pareto k above ``target.max_k`` ends it too (``"pareto_k"``): more draws would not help, and the ESS of
-    such weights says nothing.
+    A Pareto k above ``target.max_k``, or above what so many draws allow, ends it too (``"pareto_k"``): more draws would
+    not help, and the ESS of such weights says nothing.
 
     Warns:
         InferenceWarning: when a limit was spent before the target was met, or the weights cannot be trusted.
@@ -172,7 +172,7 @@ def importance_until(
         ess, now = draws.notes["ess"], time.perf_counter()
         # Each round draws anew: so many fit into the time left.
         fitting = int(num * max(target.max_seconds - (now - began), 0.0) / max(now - started, 1e-9))
-        if draws.pareto_k is None or not draws.pareto_k <= target.max_k:
+        if draws.pareto_k is None or not draws.pareto_k <= min(target.max_k, pareto_k_limit(num)):
             stopped = "pareto_k"
         elif ess >= target.ess:
             stopped = "target"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.modules import register_for_svi
 from pyro_ebm.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 
@@ -195,9 +196,7 @@ class VAE(nn.Module):
         if x is not None:
             self._check_data(x)
             return x.shape[0]
-        if not isinstance(num_data, int) or num_data < 1:
-            raise ValueError(f"num_data must be a positive whole number, got {num_data!r}")
-        return num_data
+        return whole_number("num_data", num_data)
 
     def _check_data(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

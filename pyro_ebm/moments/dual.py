@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.estimates import log_mean_exp
+from pyro_ebm.thresholds import pareto_k_limit
 
 __all__ = ["Cloud", "Optimum", "group_error", "minimize"]
 
@@ -44,6 +45,11 @@ class Cloud(NamedTuple):
 
     def pareto_k(self, multipliers: Tensor) -> float:
         return 0.0 if self.method == "exact" else psis(self.at(multipliers).flatten())[1]
+
+    @property
+    def k_limit(self) -> float:
+        """The Pareto k up to which so many weights can be trusted."""
+        return pareto_k_limit(self.log_weights.numel())
 
     def moments(self, multipliers: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (k,) and covariance (k, k) of the features."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy, as_energy
-from pyro_ebm.errors import InferenceError, InferenceWarning, warn_user
+from pyro_ebm.errors import InferenceError, InferenceWarning, report
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
 from pyro_ebm.inference.annealing.smc import SMC
@@ -30,7 +31,6 @@ _GROUPS, _ISLANDS = 32, 16
 _QMC_DIMS = 6  # above it Sobol points gain little
 _LEAST_ESS, _STEP_ESS, _ARRIVED_ESS = 0.05, 0.1, 0.3  # shares of the draws: of the base, on the way, at the end
 _LEAST_DRAWS = 10.0  # where draws cannot be made anew
-_MAX_K = 0.7
 _MAX_ROUNDS = 16
 _COLLAPSED = 1e-9  # variance, relative to the base, at which the optimum lies at infinity
 _PROGRESS = 0.05  # of a standard deviation, from round to round, toward a target that is out of reach
@@ -82,9 +82,9 @@ def fit_moments(
     .. math:: \lambda = \arg\min_\lambda \; \log E_{base}[\exp(\lambda \cdot f(v))] - \lambda \cdot target
 
     Convex: damped Newton on draws that stay fixed, those of the base. Where the tilt lies too far for their weights
-    (ESS below 5 % of the draws, or Pareto k above 0.7), draws of the current tilt by :class:`SMC`, made anew after
-    each stretch of the way. Give a :class:`TiltedDistribution` as base to hold the means of a tilt learned
-    elsewhere: they are then right under the sum ``learned + energy``, and the KL is that from the learned one.
+    (ESS below 5 % of the draws, or a Pareto k too large for their number), draws of the current tilt by :class:`SMC`,
+    made anew after each stretch of the way. Give a :class:`TiltedDistribution` as base to hold the means of a tilt
+    learned elsewhere: they are then right under the sum ``learned + energy``, and the KL is that from the learned one.
 
     Args:
         base: of the value; batch_shape () (or all elements alike), event_shape (*event); for SMC, continuous.
@@ -123,8 +123,7 @@ def fit_moments(
         raise TypeError(f"energy must be a MomentEnergy(features), got {type(energy).__name__}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if num_samples < 20 * _GROUPS:
-        raise ValueError(f"num_samples must be at least {20 * _GROUPS}, got {num_samples}")
+    whole_number("num_samples", num_samples, at_least=20 * _GROUPS)
     if not is_exchangeable(base):
         raise ValueError(
             f"base must be one distribution, got batch_shape {tuple(base.batch_shape)} with elements that differ"
@@ -263,7 +262,7 @@ class _Search:
 
     def trusted(self, cloud: Cloud, found: Optimum, least_ess: float) -> bool:
         lam = found.multipliers
-        return found.converged and cloud.ess(lam) >= least_ess and cloud.pareto_k(lam) <= _MAX_K
+        return found.converged and cloud.ess(lam) >= least_ess and cloud.pareto_k(lam) <= cloud.k_limit
 
     def anneal(self, start: Tensor) -> tuple[Cloud, Optimum]:
         """Rounds of draws at the current tilt, and of Newton steps on them."""
@@ -314,7 +313,7 @@ class _Search:
         inverse = self.basis @ torch.linalg.solve(hessian, self.basis.T)
         se = (inverse @ spread @ inverse).diagonal().clamp(min=0).sqrt()
         ess, k, dtype = cloud.ess(lam), cloud.pareto_k(lam), self.source.dtype
-        self.report(ess * cloud.log_weights.numel(), k)
+        self.report(ess * cloud.log_weights.numel(), k, cloud.k_limit)
         return MomentFit(
             multipliers=lam.to(dtype),
             multipliers_se=se.to(dtype),
@@ -329,16 +328,14 @@ class _Search:
             num_rounds=self.rounds,
         )
 
-    def report(self, ess: float, k: float) -> None:
-        if self.source.exact or (ess >= 100 and k <= _MAX_K):
+    def report(self, ess: float, k: float, limit: float) -> None:
+        if self.source.exact or (ess >= 100 and k <= limit):
             return
         problem = (
-            f"fit_moments: the weights are not reliable (Pareto k = {k:.2f}, effective sample size {ess:.1f}): the "
-            f"tilt is far from its base; use method='auto' or 'smc', or more num_samples"
+            f"fit_moments: the weights are not reliable (Pareto k = {k:.2f}, trusted up to {limit:.2g}; effective "
+            f"sample size {ess:.1f}): the tilt is far from its base; use method='auto' or 'smc', or more num_samples"
         )
-        if self.source.strict:
-            raise InferenceError(problem)
-        warn_user(problem)
+        report(problem, strict=self.source.strict)
 
 
 def _unwrapped(base: Distribution) -> tuple[Energy | None, Distribution]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.kernels.adaptation import initial_tuning
@@ -78,11 +79,9 @@ class ContrastiveDivergence:
         gradient_penalty: float = 0.0,
     ) -> None:
         _require_kernel(kernel)
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
         if buffer is not None and not isinstance(buffer, ReplayBuffer):
             raise TypeError(f"buffer must be a ReplayBuffer or None, got {type(buffer).__name__}")
-        self.kernel, self.num_steps, self.buffer = kernel, num_steps, buffer
+        self.kernel, self.num_steps, self.buffer = kernel, whole_number("num_steps", num_steps), buffer
         self.alpha = require_weight("alpha", alpha)
         self.gradient_penalty = require_weight("gradient_penalty", gradient_penalty)
         self.step_size: float | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
 from pyro_ebm.objectives.contrastive import contrast, require_weight, squared_slopes
 from pyro_ebm.objectives.positives import base_draws, energy_of, positives, tilt_loss
@@ -51,11 +52,7 @@ class FirstOrder:
     def __init__(
         self, *, num_samples: int | None = None, alpha: float = 0.0, gradient_penalty: float = 0.0
     ) -> None:
-        if num_samples is not None and (isinstance(num_samples, bool) or num_samples != int(num_samples)):
-            raise ValueError(f"num_samples must be a whole number or None, got {num_samples!r}")
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        self.num_samples = num_samples
+        self.num_samples = None if num_samples is None else whole_number("num_samples", num_samples)
         self.alpha = require_weight("alpha", alpha)
         self.gradient_penalty = require_weight("gradient_penalty", gradient_penalty)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.checks import whole_number
+
 __all__ = ["ReplayBuffer"]
 
 
@@ -41,11 +43,9 @@ class ReplayBuffer:
     """
 
     def __init__(self, *, capacity: int = 10_000, fresh: float = 0.05) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"capacity must be a whole number of at least 1, got {capacity!r}")
         if not 0 <= fresh <= 1:
             raise ValueError(f"fresh must be a share between 0 and 1, got {fresh!r}")
-        self.capacity, self.fresh = capacity, fresh
+        self.capacity, self.fresh = whole_number("capacity", capacity), fresh
         self._size = 0
         self._slots: Tensor | None = None
 

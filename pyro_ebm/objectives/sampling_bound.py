@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
 from pyro_ebm.inference.importance import LogLikelihood, log_likelihood
 from pyro_ebm.structure import event_dim_of
@@ -56,8 +57,8 @@ class SamplingBound:
     """
 
     def __init__(self, *, num_proposals: int = 1024, num_particles: int = 1) -> None:
-        self.num_proposals = _at_least_one("num_proposals", num_proposals)
-        self.num_particles = _at_least_one("num_particles", num_particles)
+        self.num_proposals = whole_number("num_proposals", num_proposals)
+        self.num_particles = whole_number("num_particles", num_particles)
 
     def __call__(self, model: TiltedModel, guide: Callable[..., Any], *batch: Any) -> Tensor:
         """Minus the bound, summed over the batch.
@@ -112,14 +113,8 @@ def snis_log_likelihood(
     Reference:
         Lawson et al. (2019); Burda, Grosse, Salakhutdinov (2016), Importance Weighted Autoencoders.
     """
-    sampled = _sampled_model(model, (x[:1],), _at_least_one("num_proposals", num_proposals))
+    sampled = _sampled_model(model, (x[:1],), whole_number("num_proposals", num_proposals))
     return log_likelihood(sampled, guide, x, num_samples=num_samples, seed=seed, batch_size=batch_size)
-
-
-def _at_least_one(name: str, number: Any) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
-    return number
 
 
 def _sampled_model(model: TiltedModel, batch: tuple[Any, ...], num_proposals: int) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.importance import site_log_probs
 from pyro_ebm.inference.kernels.adaptation import initial_tuning
@@ -73,8 +74,7 @@ class ShortRun:
         start: str = "base",
     ) -> None:
         for name, number in {"prior_steps": prior_steps, "posterior_steps": posterior_steps}.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+            whole_number(name, number)
         for name, size in {"prior_step_size": prior_step_size, "posterior_step_size": posterior_step_size}.items():
             if not isinstance(size, int | float) or not 0 < size < math.inf:
                 raise ValueError(f"{name} must be a finite number above zero, got {size!r}")

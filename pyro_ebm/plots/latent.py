@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.plots.style import INK, MUTED, TILTED, axes_or_new, class_style
 
 if TYPE_CHECKING:
@@ -145,8 +146,7 @@ class _Plane(NamedTuple):
 
 
 def _thinned(count: int, max_points: int) -> np.ndarray:
-    if max_points < 1:
-        raise ValueError(f"max_points must be at least 1, got {max_points}")
+    whole_number("max_points", max_points)
     return np.unique(np.linspace(0, count - 1, min(count, max_points)).round().astype(int))
 
 

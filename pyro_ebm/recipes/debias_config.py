@@ -8,6 +8,7 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.sample import METHODS as ALL_METHODS
 
 __all__ = ["DATASETS", "METHODS", "DebiasConfig", "Schedule"]
@@ -70,8 +71,7 @@ class DebiasConfig:
         if not self.methods or len({*self.methods} & {*METHODS}) < len(self.methods):
             raise ValueError(f"methods must be among {METHODS}, each once, got {self.methods}")
         for name in ("latent_dim", "num_chains"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            whole_number(name, getattr(self, name))
         if (self.num_samples or 0) < 4 * self.num_chains:
             raise ValueError(f"num_samples must be at least 4 per chain, got {self.num_samples}")
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_ebm.devices import one_thread
 from pyro_ebm.errors import TrainingWarning, warn_user
+from pyro_ebm.files import write_whole
 from pyro_ebm.recipes.outputs import prepare_folder
 from pyro_ebm.recipes.study_cells import Bench, run_cell
 from pyro_ebm.recipes.study_config import Cell, StudyConfig
-from pyro_ebm.recipes.study_store import StudyStore, write_text
+from pyro_ebm.recipes.study_store import StudyStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,9 +170,9 @@ def _write(result: StudyResult, folder: Path) -> None:
 
     from pyro_ebm.plots.study import plot_debias_study
 
-    write_text(folder / "study.csv", result.table.to_csv(index=False))
-    write_text(folder / "summary.csv", result.summary().to_csv())
-    write_text(folder / "settings.json", json.dumps(asdict(result.config), indent=1, default=str) + "\n")
+    write_whole(folder / "study.csv", result.table.to_csv(index=False))
+    write_whole(folder / "summary.csv", result.summary().to_csv())
+    write_whole(folder / "settings.json", json.dumps(asdict(result.config), indent=1, default=str) + "\n")
     if "tv" in result.table and result.table["tv"].notna().any():
         # A figure of its own, which no notebook shows by itself.
         dims = len(result.config.dims)

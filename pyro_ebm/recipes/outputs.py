@@ -14,6 +14,7 @@ import torch
 
 from pyro_ebm import plots
 from pyro_ebm.diagnostics.arviz_bridge import save_arviz, to_arviz
+from pyro_ebm.files import write_whole
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.debias_config import METHODS
 from pyro_ebm.recipes.report import write_report
@@ -67,7 +68,7 @@ def write_results(result: DebiasResult, out: str | Path) -> Path:
     _remove_leftovers(folder)
     # NaN is no JSON: what is unknown is null.
     summary = json.dumps(_jsonable(result.summary), indent=2, allow_nan=False)
-    (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
+    write_whole(folder / "summary.json", summary + "\n")
     result.comparison.to_csv(folder / "comparison.csv", index=False)
     for method, draws in result.prior_draws.items():
         save_arviz(to_arviz(draws, dims={"z": ["latent"]}), folder / f"draws_{method}.nc")

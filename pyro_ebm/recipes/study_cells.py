@@ -33,6 +33,7 @@ from pyro_ebm.recipes.baselines import fine_tune, train_vae, train_weighted
 from pyro_ebm.recipes.debias import load_split, prior_model, train_tilt
 from pyro_ebm.recipes.study_config import Cell, StudyConfig
 from pyro_ebm.recipes.study_store import Row, StudyStore
+from pyro_ebm.thresholds import pareto_k_limit
 from pyro_ebm.tilts.tilt import tilt
 from pyro_ebm.training.fit import FitResult
 
@@ -41,7 +42,7 @@ __all__ = ["Bench", "run_cell"]
 # Importance sampling weighs so many proposals for each image to generate: the larger number where the smaller is not
 # worth as many draws as there are images to be. Chains take over where that is no use.
 _PROPOSALS_PER_IMAGE = (10, 50)
-_MAX_K, _LEAST_ESS = 0.7, 1000
+_LEAST_ESS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +243,7 @@ def _sample_tilted(bench: Bench, vae: VAE, energy: Energy) -> _Sampled:
         share = ess / (num * each)
         if ess >= num:
             break
-    if log_z is None or not (k is not None and k < _MAX_K and ess > min(_LEAST_ESS, num)):
+    if log_z is None or not (k is not None and k <= pareto_k_limit(num * each) and ess > min(_LEAST_ESS, num)):
         draws = sample(
             prior, method="chees", num_samples=max(-(-num // 64), 300), num_chains=64, warmup_steps=200,
             seed=bench.seed, progress=False,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyro_ebm.errors import CheckpointError
+from pyro_ebm.files import write_whole
 from pyro_ebm.models.vae import VAE
 from pyro_ebm.recipes.study_config import Cell
 from pyro_ebm.training.checkpoints import load_weights, save_weights
@@ -49,7 +49,7 @@ class StudyStore:
         self._rows[cell] = row
         path = self._path("cells", cell.name, "json")
         if path is not None:
-            write_text(path, json.dumps(row, indent=1, allow_nan=False) + "\n")
+            write_whole(path, json.dumps(row, indent=1, allow_nan=False) + "\n")
 
     def load_vae(self, vae: VAE, seed: int) -> bool:
         """Read the weights of the biased VAE of this latent dimension and seed; False where there are none."""
@@ -73,14 +73,3 @@ class StudyStore:
 
     def _path(self, kind: str, name: str, suffix: str) -> Path | None:
         return None if self.folder is None else self.folder / kind / f"{name}-{self.fingerprint}.{suffix}"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, also where another process writes the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
 from pyro_ebm.arviz_statistics import psis
+from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy, FunctionEnergy, as_energy
-from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.errors import report
 from pyro_ebm.estimates import Estimate, importance_estimate, log_mean_exp
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.structure import unmasked
+from pyro_ebm.thresholds import pareto_k_limit
 
 __all__ = [
     "METHODS",
@@ -70,8 +72,7 @@ class Normalizer:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2, got {self.num_samples}")
+        whole_number("num_samples", self.num_samples, at_least=2)
 
 
 def checked_energy(energy: Energy, value: Tensor, event_dim: int, name: str) -> Tensor:
@@ -309,12 +310,8 @@ def sampled_log_normalizer(
 
 
 def warn_if_unreliable(log_weights: Tensor, estimate: Estimate, *, strict: bool = False) -> None:
-    """Warn (raise with ``strict``) where log Z is not finite or its weights have Pareto k > 0.7."""
-    problem = _problem(log_weights, estimate)
-    if problem and strict:
-        raise InferenceError(problem)
-    if problem:
-        warn_user(problem)
+    """Warn (raise with ``strict``) where log Z is not finite or its weights have too heavy a tail."""
+    report(_problem(log_weights, estimate), strict=strict)
 
 
 def _qmc_estimate(
@@ -334,10 +331,10 @@ def _problem(log_weights: Tensor, estimate: Estimate) -> str | None:
     columns = log_weights.reshape(log_weights.shape[0], -1)
     worst = int(estimate.se.reshape(-1).argmax())
     _, k = psis(columns[:, worst])
-    if k > 0.7:
+    if k > (limit := pareto_k_limit(len(columns))):
         return (
             f"the estimate of log Z is not reliable: the weights exp(-E) have a heavy tail "
-            f"(Pareto k = {k:.2f} > 0.7), as when the energy is unbounded below or the tilt is far from its "
+            f"(Pareto k = {k:.2f} > {limit:.2g}), as when the energy is unbounded below or the tilt is far from its "
             f"base; {_REMEDY}"
         )
     return None

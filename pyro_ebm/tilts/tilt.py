@@ -191,7 +191,7 @@ class TiltedModel(nn.Module):
             ``(value, se)``: 0-d where log Z does not depend on the inputs, else one number per datum.
 
         Warns:
-            InferenceWarning: where the estimate is not finite or its weights have Pareto k > 0.7.
+            InferenceWarning: where the estimate is not finite or its weights have too heavy a tail.
         """
         structure = self.structure(*args, **kwargs)
         trace = prototype_trace(self.base_model, args, kwargs)

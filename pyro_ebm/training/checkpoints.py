@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.errors import CheckpointError
+from pyro_ebm.files import replacing, write_whole
 
 __all__ = ["load_weights", "save_weights"]
 
@@ -58,34 +59,25 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 
 
 def write(payload: Mapping[str, Any], path: str | Path, *, kind: str) -> None:
-    """Write to a temporary file beside ``path`` and move it there, so that no half file is ever seen."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file that :func:`read` reads, whole or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:  # a path it would keep inside
             torch.save({"format": f"pyro_ebm {kind}", "version": _VERSION, **payload}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     # torch reports a full disk as a RuntimeError.
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot write {path}: {error}; choose a file in a folder that can be written and has space left"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def require_writable(path: str | Path) -> None:
     """Find out before hours of training whether a file can be written there later."""
     path = Path(path)
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        write_whole(probe, b"")
         probe.unlink()
     except OSError as error:
         raise CheckpointError(

@@ -17,6 +17,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.display import number, table
 from pyro_ebm.errors import CheckpointError, TrainingWarning, warn_user
 from pyro_ebm.modules import evaluation_mode, modules_of
@@ -372,8 +373,7 @@ def _check_numbers(
     if patience is not None:
         counts["patience"] = patience
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
+        whole_number(name, count)
     if clip_grad_norm is not None and not 0 < clip_grad_norm < math.inf:
         raise ValueError(f"clip_grad_norm must be a finite number above zero or None, got {clip_grad_norm!r}")
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**62):

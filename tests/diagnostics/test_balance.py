@@ -233,7 +233,7 @@ def test_bad_distributions(distance: Any) -> None:
         ([0, 1], {"ess": math.nan}, "ess must be finite and positive, got nan"),
         ([0, 1], {"ess": 0.0}, "ess must be finite and positive"),
         ([0, 1], {"prob": 95.0}, "prob must lie strictly between 0 and 1, got 95.0"),
-        ([0, 1], {"num_bootstrap": 0}, "num_bootstrap must be at least 1"),
+        ([0, 1], {"num_bootstrap": 0}, "num_bootstrap must be a whole number of at least 1"),
     ],
 )
 def test_bad_counts(labels: list[int], options: dict[str, Any], message: str) -> None:

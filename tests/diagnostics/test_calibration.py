@@ -450,7 +450,7 @@ class TestTrouble:
 class TestBadInput:
     @pytest.mark.parametrize("option", ["num_simulations", "num_draws"])
     def test_counts(self, option: str) -> None:
-        with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1, got 0"):
             run(model, torch.zeros(4), sampler=exact, **{option: 0})
 
     def test_sampler(self) -> None:

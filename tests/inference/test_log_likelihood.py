@@ -284,5 +284,5 @@ def test_models_it_is_not_for():
         log_likelihood(no_plate, guide, data(3))
     with pytest.raises(ValueError, match=r"latent site\(s\) \['w'\] lie outside the plate of the data"):
         log_likelihood(shared, guide_of_shared, data(3))
-    with pytest.raises(ValueError, match="num_samples must be at least 2"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 2"):
         log_likelihood(linear, wide_guide, data(3), num_samples=1)

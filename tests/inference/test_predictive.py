@@ -251,5 +251,5 @@ def test_draws_of_another_model_or_other_data():
 
 
 def test_no_draws_asked_for():
-    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 1, got 0"):
         predictive(images, num_samples=0)

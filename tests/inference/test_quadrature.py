@@ -203,10 +203,11 @@ def test_three_dimensions_are_refused():
         quadrature(standard(3))
 
 
-@pytest.mark.parametrize("options", [{"num_points": 1}, {"num_points": 0}, {"radius": 0.0}])
-def test_impossible_grids_are_refused(options):
-    with pytest.raises(ValueError, match="num_points must be at least 3 and radius positive"):
-        quadrature(standard(1), **options)
+@pytest.mark.parametrize("option, value", [("num_points", 2), ("num_points", 0), ("radius", 0.0)])
+def test_impossible_grids_are_refused(option, value):
+    limit = "positive" if option == "radius" else "a whole number of at least 3"
+    with pytest.raises(ValueError, match=f"{option} must be {limit}, got {value}"):
+        quadrature(standard(1), **{option: value})
 
 
 def test_wrong_target_is_refused():

@@ -250,7 +250,7 @@ def test_weights_that_more_draws_would_not_help():
         ({"ess": 0.0}, "ess must be positive, got 0.0"),
         ({"ess": math.nan}, "ess must be positive, got nan"),
         ({"ess": 1.0, "max_seconds": -1.0}, "max_seconds must be positive, got -1.0"),
-        ({"ess": 1.0, "max_draws": 0}, "num_samples must be at least 1, got 0"),
+        ({"ess": 1.0, "max_draws": 0}, "num_samples must be a whole number of at least 1, got 0"),
     ],
 )
 def test_impossible_targets(settings, message):

@@ -231,7 +231,7 @@ def test_the_check_does_not_stop_graph_capture():
         ({"beta": 0.0}, "beta must be a finite number above zero, got 0.0"),
         ({"beta": math.inf}, "beta must be a finite number above zero"),
         ({"network": "transformer"}, r"network must be one of \['conv', 'mlp'\]"),
-        ({"latent_dim": 0}, "latent_dim must be a positive whole number"),
+        ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1"),
         ({"network": "conv"}, r"event_shape must be \(channels, height, width\)"),
         (
             {"decoder": nn.Linear(2, 3)},
@@ -270,5 +270,5 @@ def test_bad_data_are_named(x, likelihood, match):
 
 
 def test_the_number_of_data_is_checked():
-    with pytest.raises(ValueError, match="num_data must be a positive whole number, got 0"):
+    with pytest.raises(ValueError, match="num_data must be a whole number of at least 1, got 0"):
         small().model(num_data=0)

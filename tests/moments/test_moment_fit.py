@@ -266,7 +266,7 @@ def test_double_precision():
         ({"target": [0.1, 0.2]}, ValueError, r"one value for each of the 1 features, shape \(1,\), got \(2,\)"),
         ({"target": math.nan}, ValueError, r"target must be finite, got \[nan\]"),
         ({"method": "newton"}, ValueError, r"method must be one of \('auto', .*\), got 'newton'"),
-        ({"num_samples": 10}, ValueError, "num_samples must be at least 640, got 10"),
+        ({"num_samples": 10}, ValueError, "num_samples must be a whole number of at least 640, got 10"),
         ({"base": dist.Normal(torch.arange(3.0), 1.0)}, ValueError, r"must be one distribution, got .*\(3,\)"),
         ({"base": dist.Poisson(3.0), "method": "smc"}, ValueError, "needs a continuous base, got Poisson"),
         ({"energy": MomentEnergy(lambda z: z.log()[..., None])}, ValueError, "features must be finite, got NaN"),

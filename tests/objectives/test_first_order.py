@@ -166,9 +166,9 @@ def test_a_site_with_parents_through_fit():
 
 
 def test_constructor_errors():
-    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 1, got 0"):
         FirstOrder(num_samples=0)
-    with pytest.raises(ValueError, match="num_samples must be a whole number or None, got 1.5"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 1, got 1.5"):
         FirstOrder(num_samples=1.5)
     with pytest.raises(ValueError, match="alpha must be a finite number of at least zero, got nan"):
         FirstOrder(alpha=math.nan)

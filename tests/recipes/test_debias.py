@@ -342,8 +342,8 @@ def test_real_mnist(tmp_path):
         ({"methods": ()}, r"methods must be among .* got \(\)"),
         ({"methods": ("nuts", "nuts")}, "each once, got"),
         ({"methods": "snis"}, "methods must be among .* got snis"),
-        ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
-        ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
+        ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1, got 0"),
+        ({"num_chains": 0}, "num_chains must be a whole number of at least 1, got 0"),
         ({"num_samples": 15, "num_chains": 4}, "num_samples must be at least 4 per chain, got 15"),
     ],
 )

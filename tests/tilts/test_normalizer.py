@@ -389,7 +389,7 @@ def test_errors():
         log_normalizer(base, energy, method="mcmc")
     with pytest.raises(ValueError, match=r"method must be one of \('importance', 'qmc'\), got 'smc'"):
         Normalizer("smc")
-    with pytest.raises(ValueError, match="num_samples must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 2, got 1"):
         Normalizer(num_samples=1)
     with pytest.raises(TypeError, match="energy must be an Energy or a callable"):
         log_normalizer(base, 3.0)

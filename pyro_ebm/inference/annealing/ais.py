@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.checks import whole_number
+from pyro_ebm.errors import InferenceError, report
 from pyro_ebm.estimates import BoundedEstimate, log_mean_exp
 from pyro_ebm.inference.annealing.population import Annealing, Population, anneal
 from pyro_ebm.inference.annealing.tempering import Path, Points, kernel_for, path_to
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.kernel import Kernel, Step, Tuning
 from pyro_ebm.inference.kernels.langevin import ULA
-from pyro_ebm.randomness import random_seed, streams
+from pyro_ebm.randomness import one_source, random_seed, streams
 
 __all__ = ["Schedule", "annealed_importance", "bridge", "schedule_of"]
 
@@ -105,8 +106,7 @@ def annealed_importance(
     """
     kernel = kernel_for(target, kernel, independent=independent, vectorize=vectorize)
     _check(kernel, num_chains, num_groups, num_temperatures, prob)
-    if seed is not None and generator is not None:
-        raise ValueError("seed and generator both given: one source of randomness, please")
+    one_source(seed, generator)
     path = path_to(kernel, args, kwargs, guide=guide, base=base)
     start, generator = streams(random_seed(seed, generator), generator, path.target.like.device)
     size = num_chains // num_groups
@@ -271,12 +271,10 @@ def bridge(forward: Tensor, backward: Tensor) -> Tensor:
 def _check(kernel: Kernel, num_chains: int, num_groups: int, num_temperatures: int, prob: float) -> None:
     if isinstance(kernel, ULA):
         raise ValueError("kernel must leave its target invariant, which ULA does not: use MALA")
-    if num_groups < 2 or num_chains < 2 * num_groups:
-        raise ValueError(
-            f"num_groups must be at least 2 and num_chains at least twice that, got {num_groups} and {num_chains}"
-        )
-    if num_temperatures < 1:
-        raise ValueError(f"num_temperatures must be at least 1, got {num_temperatures}")
+    whole_number("num_groups", num_groups, at_least=2)
+    if whole_number("num_chains", num_chains) < 2 * num_groups:
+        raise ValueError(f"num_chains must be at least twice num_groups = {num_groups}, got {num_chains}")
+    whole_number("num_temperatures", num_temperatures)
     if not 0 < prob < 1:
         raise ValueError(f"prob must lie between 0 and 1, got {prob}")
 
@@ -295,6 +293,4 @@ def _report(found: BoundedEstimate, *, strict: bool) -> None:
         problem = f"the bounds lie {float(gap.max()):.2f} nats apart: more num_temperatures, then more num_chains"
     else:
         return
-    if strict:
-        raise InferenceError(f"ais: {problem}")
-    warn_user(f"ais: {problem}")
+    report(f"ais: {problem}", strict=strict)

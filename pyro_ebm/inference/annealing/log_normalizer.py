@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_ebm.energies import Energy, as_energy
-from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.errors import report
 from pyro_ebm.estimates import BoundedEstimate, Estimate
 from pyro_ebm.inference.annealing.ais import annealed_importance, bridge
 from pyro_ebm.inference.annealing.smc import SMC
@@ -122,9 +122,7 @@ def _bridged(
             f"bridge: the base and the tilt hardly overlap (worth {overlap:.1f} draws of {forward[..., 0].numel()}): "
             f'log Z is not reliable; use method="ais", or more num_samples'
         )
-        if strict:
-            raise InferenceError(problem)
-        warn_user(problem)
+        report(problem, strict=strict)
     se = islands.std(0) / islands.shape[0] ** 0.5
     return Estimate(value.to(tilted), se.to(tilted))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import InferenceError
 from pyro_ebm.estimates import log_mean_exp
 from pyro_ebm.inference.annealing.tempering import Path, Points
@@ -37,8 +38,8 @@ class Annealing:
             raise ValueError(f"target_ess must lie between 0 and 1, got {self.target_ess}")
         for name in ("num_moves", "max_moves"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None:
+                whole_number(name, value)
 
 
 class Rung(NamedTuple):

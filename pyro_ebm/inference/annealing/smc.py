@@ -12,7 +12,8 @@ import torch
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.checks import whole_number
+from pyro_ebm.errors import report
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.annealing.population import Annealing, Population, anneal
 from pyro_ebm.inference.annealing.tempering import Path, kernel_for, path_to
@@ -20,11 +21,12 @@ from pyro_ebm.inference.chains.report import worst_r_hat
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.kernels.kernel import Kernel
 from pyro_ebm.inference.kernels.langevin import ULA
-from pyro_ebm.randomness import random_seed, streams
+from pyro_ebm.randomness import one_source, random_seed, streams
+from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT
 
 __all__ = ["SMC"]
 
-_MAX_R_HAT, _MIN_ACCEPTANCE, _MAX_SE = 1.05, 0.05, 0.5
+_MIN_ACCEPTANCE, _MAX_SE = 0.05, 0.5
 _ENOUGH = 100  # particles, for R-hat to say something
 
 
@@ -100,12 +102,9 @@ class SMC:
         progress: bool = True,
         strict: bool = False,
     ) -> None:
-        if num_particles < 2 or num_islands < 1:
-            raise ValueError(
-                f"num_particles must be at least 2 and num_islands at least 1, got {num_particles} and {num_islands}"
-            )
-        if seed is not None and generator is not None:
-            raise ValueError("seed and generator both given: one source of randomness, please")
+        whole_number("num_particles", num_particles, at_least=2)
+        whole_number("num_islands", num_islands)
+        one_source(seed, generator)
         self.kernel = kernel_for(target, kernel, independent=independent, vectorize=vectorize)
         self.annealing = Annealing(target_ess, num_moves, max_moves)
         self.num_particles, self.num_islands, self.guide, self.base = num_particles, num_islands, guide, base
@@ -199,15 +198,12 @@ def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: boo
         )
     if draws.num_chains > 1 and draws.num_draws >= _ENOUGH:
         worst = max(worst_r_hat(value) for value in draws.values.values())
-        if worst > _MAX_R_HAT:
+        if worst > R_HAT_OF_DISAGREEMENT:
             problems.append(
-                f"islands disagree (R-hat {worst:.2f} > {_MAX_R_HAT}): more num_particles, a guide that knows all "
-                f"modes, or more temperatures (target_ess nearer to 1)"
+                f"islands disagree (R-hat {worst:.2f} > {R_HAT_OF_DISAGREEMENT}): more num_particles, a guide that "
+                f"knows all modes, or more temperatures (target_ess nearer to 1)"
             )
         error = float(torch.as_tensor(draws.log_z.se).max())  # type: ignore[union-attr]
         if not error < _MAX_SE:
             problems.append(f"log Z is uncertain by {error:.2f} (> {_MAX_SE}): more num_particles")
-    if problems and strict:
-        raise InferenceError("smc: " + "; ".join(problems))
-    if problems:
-        warn_user("smc: " + "; ".join(problems))
+    report(f"smc: {'; '.join(problems)}" if problems else None, strict=strict)

@@ -13,13 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.chain_statistics import ess_bulk, r_hat
+from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.report import report_chains
 from pyro_ebm.inference.chains.starts import chain_starts, given_starts
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.kernel import Kernel
-from pyro_ebm.randomness import random_seed
+from pyro_ebm.randomness import one_source, random_seed
 
 __all__ = ["MCMC"]
 
@@ -93,17 +94,15 @@ class MCMC:
                 f"kernel must be one of ChEES, HMC, MALA, ULA of pyro_ebm, got {type(kernel).__module__}."
                 f"{type(kernel).__name__}; Pyro's own kernels run by pyro_nuts(model, ...) and pyro_hmc(model, ...)"
             )
+        whole_number("num_samples", num_samples)
         warmup_steps = min(num_samples, _WARMUP) if warmup_steps is None else warmup_steps
         for name, value, least in (
-            ("num_samples", num_samples, 1),
             ("warmup_steps", warmup_steps, 0),
             ("num_chains", num_chains, 1),
             ("thin", thin, 1),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if seed is not None and generator is not None:
-            raise ValueError("seed and generator both given: one source of randomness, please")
+            whole_number(name, value, at_least=least)
+        one_source(seed, generator)
         self.kernel, self.num_samples, self.warmup_steps = kernel, num_samples, warmup_steps
         self.initial_params, self.num_chains, self.init, self.guide = initial_params, num_chains, init, guide
         self.thin, self.seed, self.generator = thin, seed, generator

@@ -16,6 +16,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.devices import one_thread
 from pyro_ebm.inference.chains.report import report_chains
 from pyro_ebm.inference.chains.starting_points import StartingPoints
@@ -225,8 +226,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("warmup_steps", 0), ("num_chains", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            whole_number(name, getattr(self, name), at_least=least)
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
 

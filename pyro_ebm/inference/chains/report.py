@@ -7,12 +7,12 @@ import math
 from torch import Tensor
 
 from pyro_ebm.chain_statistics import r_hat
-from pyro_ebm.errors import InferenceError, warn_user
+from pyro_ebm.errors import report
 from pyro_ebm.inference.draws import Draws
+from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT
 
 __all__ = ["listed", "report_chains", "worst_r_hat"]
 
-_MAX_R_HAT = 1.05
 _STUCK = 1e-3
 
 
@@ -44,17 +44,15 @@ def report_chains(draws: Draws, *, strict: bool, interrupted: bool, max_divergen
         problems.append(f"draws of {broken} are not finite: the density is improper (an energy unbounded below?)")
     elif draws.num_chains > 1 and draws.num_draws >= 4:
         worst = max(worst_r_hat(value) for value in draws.values.values())
-        if worst > _MAX_R_HAT:
+        if worst > R_HAT_OF_DISAGREEMENT:
             problems.append(
-                f"chains disagree (R-hat {worst:.2f} > {_MAX_R_HAT}): run longer, start them from a good guide "
-                f'(init="importance", guide=...), or, where modes lie apart, use method="smc"'
+                f"chains disagree (R-hat {worst:.2f} > {R_HAT_OF_DISAGREEMENT}): run longer, start them from a good "
+                f'guide (init="importance", guide=...), or, where modes lie apart, use method="smc"'
             )
-    if problems and strict:
-        raise InferenceError(f"{draws.method}: " + "; ".join(problems))
-    if interrupted:
-        problems.insert(0, f"interrupted: kept {draws.num_chains} chain(s) of {draws.num_draws} draws")
-    if problems:
-        warn_user(f"{draws.method}: " + "; ".join(problems))
+    kept = [f"interrupted: kept {draws.num_chains} chain(s) of {draws.num_draws} draws"] if interrupted else []
+    told = "; ".join([*kept, *problems])
+    # An interruption alone is no reason to throw the draws away.
+    report(f"{draws.method}: {told}" if told else None, strict=strict and bool(problems))
 
 
 def _stuck(draws: Draws) -> str:

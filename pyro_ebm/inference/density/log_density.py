@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.density.model_target import ModelTarget
 from pyro_ebm.tilts.distribution import TiltedDistribution
 from pyro_ebm.tilts.tilt import tilt
@@ -50,9 +51,7 @@ class LogDensity:
     ) -> None:
         if not callable(log_prob):
             raise TypeError(f"log_prob must map (*chains, dim) to (*chains,), got {type(log_prob).__name__}")
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        self.dim = dim
+        self.dim = whole_number("dim", dim)
         self.batch = torch.Size(batch)
         self.like = torch.empty(0) if like is None else like.new_empty(0)
         self.target: ModelTarget | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, biject_to
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.estimates import log_mean_exp
 from pyro_ebm.inference.density.log_density import LogDensity
@@ -62,8 +63,7 @@ def marginal_density(
         >>> density.dim, density(torch.zeros(5, 11)).shape
         (11, torch.Size([5]))
     """
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+    whole_number("num_particles", num_particles)
     target = _Marginal(vae, None if energy is None else as_energy(energy), num_particles)
     return LogDensity(
         target.log_prob, target.dim, constrain=target.constrain, unconstrain=target.unconstrain, like=target.like

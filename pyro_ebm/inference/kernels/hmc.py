@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.kernels.kernel import (
     Info,
     Kernel,
@@ -117,9 +118,8 @@ class HMC(Kernel):
         if not self.trajectory_length > 0:
             raise ValueError(f"trajectory_length must be positive, got {self.trajectory_length}")
         for option in ("num_steps", "max_steps"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ValueError(f"{option} must be at least 1, got {value}")
+            if getattr(self, option) is not None:
+                whole_number(option, getattr(self, option))
 
     def whole_steps(self, num_steps: float, iteration: int) -> int:
         """Leapfrog steps of one trajectory, from trajectory length by step size."""

@@ -219,9 +219,9 @@ def test_seeds(rng_untouched):
 
 def test_errors():
     for options, message in (
-        ({"num_groups": 1}, "num_groups must be at least 2"),
-        ({"num_chains": 15}, "num_chains at least twice that, got 16 and 15"),
-        ({"num_temperatures": 0}, "num_temperatures must be at least 1, got 0"),
+        ({"num_groups": 1}, "num_groups must be a whole number of at least 2"),
+        ({"num_chains": 15}, "num_chains must be at least twice num_groups = 16, got 15"),
+        ({"num_temperatures": 0}, "num_temperatures must be a whole number of at least 1, got 0"),
         ({"prob": 1.0}, "prob must lie between 0 and 1, got 1.0"),
         ({"kernel": ULA}, "kernel must leave its target invariant, which ULA does not"),
         ({"kernel": HMC(ten)}, "kernel was made for another target"),

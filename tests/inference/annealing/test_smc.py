@@ -342,7 +342,7 @@ def test_interrupted():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="num_particles must be at least 2 and num_islands at least 1, got 1 and 8"):
+    with pytest.raises(ValueError, match="num_particles must be a whole number of at least 2, got 1"):
         SMC(prior, num_particles=1)
     with pytest.raises(ValueError, match="num_islands"):
         SMC(prior, num_islands=0)
@@ -350,7 +350,7 @@ def test_errors():
         with pytest.raises(ValueError, match=f"target_ess must lie between 0 and 1, got {share}"):
             SMC(prior, target_ess=share)
     for name in ("num_moves", "max_moves"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
             Annealing(**{name: 0})
     with pytest.raises(ValueError, match="seed and generator both given"):
         SMC(prior, seed=0, generator=torch.Generator())

@@ -351,10 +351,10 @@ def test_an_improper_density():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
-        ({"thin": 0}, "thin must be at least 1, got 0"),
+        ({"num_chains": 0}, "num_chains must be a whole number of at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0, got -1"),
+        ({"thin": 0}, "thin must be a whole number of at least 1, got 0"),
     ],
 )
 def test_impossible_counts(options, message):

@@ -439,9 +439,9 @@ def test_interrupting_the_warm_up_leaves_nothing_to_return(monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"num_chains": 0}, "num_chains must be a whole number of at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0, got -1"),
         ({"max_seconds": 0}, "max_seconds must be positive, got 0"),
     ],
 )

@@ -129,7 +129,7 @@ def test_images_keep_their_shape():
 def test_errors():
     with pytest.raises(ValueError, match="Bernoulli likelihood are discrete"):
         marginal_density(VAE((4,), latent_dim=2, hidden=(8,)))
-    with pytest.raises(ValueError, match="num_particles must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_particles must be a whole number of at least 1, got 0"):
         marginal_density(LinearVAE(), num_particles=0)
     strange = SimpleNamespace(
         prior=LinearVAE().prior, decode=LinearVAE().decode, encode=lambda x: dist.Laplace(x[..., :2], 1.0).to_event(1)

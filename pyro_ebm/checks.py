@@ -1,0 +1,52 @@
+"""Checks of arguments that many functions share."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+__all__ = ["is_whole_number", "whole_number"]
+
+
+def whole_number(name: str, value: Any, *, at_least: int = 1) -> int:
+    """The value as a Python int, or a ValueError that names the argument, the limit, what came and what to give.
+
+    Whole numbers are Python's, numpy's and those of 0-d integer tensors. Floats are none, ``3.0`` included (a count
+    that was computed as a float is a rounding error away from another count), and neither are booleans.
+
+    Args:
+        name: of the argument.
+        value: what was given for it.
+        at_least: the smallest that will do.
+
+    Example:
+        >>> whole_number("num_samples", 3)
+        3
+    """
+    if not is_whole_number(value, at_least=at_least):
+        fix = "" if _as_int(value) is not None else f"; give {name}={_meant(value, at_least)}"
+        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}{fix}")
+    return operator.index(value)
+
+
+def is_whole_number(value: Any, *, at_least: int = 1) -> bool:
+    """Whether it is a whole number, in the sense of :func:`whole_number`, and large enough."""
+    number = _as_int(value)
+    return number is not None and number >= at_least
+
+
+def _as_int(value: Any) -> int | None:
+    if str(getattr(value, "dtype", type(value).__name__)) in ("bool", "bool_", "torch.bool"):
+        return None  # True is 1 to Python; to whoever wrote it, it is an answer to another question
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _meant(value: Any, at_least: int) -> int:
+    """The whole number that somebody probably had in mind."""
+    try:
+        return max(round(float(value)), at_least)
+    except (TypeError, ValueError, OverflowError):
+        return at_least

@@ -1,0 +1,33 @@
+"""Where diagnostics stop being good enough: each limit once, with what it rests on."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["MAX_R_HAT", "R_HAT_OF_DISAGREEMENT", "pareto_k_limit"]
+
+# What a table calls good and sampling to a target waits for (Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021): some
+# 50 effective draws in each half of a chain, however many chains there are.
+MAX_R_HAT = 1.01
+
+# What a run warns of: means of chains that differ by a variance of a tenth of that within a chain. Chains that agree
+# stay below it from ten effective draws in each half on, where 1.01 would cry wolf after each short run of many chains.
+R_HAT_OF_DISAGREEMENT = 1.05
+
+_LARGEST_K = 0.7  # above it a practical number of draws does not help
+
+
+def pareto_k_limit(num_draws: int) -> float:
+    r"""The Pareto k up to which importance weights of so many draws can be trusted.
+
+    .. math:: \min(1 - 1 / \log_{10} S, \; 0.7)
+
+    .5 for 100 draws, .67 for 1,000, .7 from 2,200 on; 0 for ten or fewer, where only equal weights will do.
+
+    Args:
+        num_draws: S, the draws that are weighted.
+
+    Reference:
+        Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling.
+    """
+    return min(max(1.0 - 1.0 / math.log10(num_draws), 0.0), _LARGEST_K) if num_draws > 10 else 0.0

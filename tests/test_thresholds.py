@@ -1,0 +1,80 @@
+"""The limits of R-hat and Pareto k, and that the messages of all who judge by them name the one that holds."""
+
+from __future__ import annotations
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm import (
+    InferenceWarning,
+    LinearEnergy,
+    MomentEnergy,
+    compare,
+    fit_moments,
+    importance,
+    log_normalizer,
+    predictive,
+    sample,
+    tilt,
+)
+from pyro_ebm.thresholds import MAX_R_HAT, R_HAT_OF_DISAGREEMENT, pareto_k_limit
+
+BASE = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+
+def model():
+    pyro.sample("z", BASE)
+
+
+FAR = tilt(model, {"z": LinearEnergy([3.0, 0.0])})
+
+
+@pytest.mark.parametrize(
+    "num_draws, limit",
+    [(1, 0.0), (10, 0.0), (11, 0.0397), (25, 0.2847), (100, 0.5), (1000, 2 / 3), (2154, 0.69999), (2155, 0.7)],
+)
+def test_the_limit_of_k_rises_with_the_draws(num_draws, limit):
+    assert pareto_k_limit(num_draws) == pytest.approx(limit, abs=5e-5)
+
+
+def test_a_run_warns_later_than_a_table_judges():
+    assert 1 < MAX_R_HAT < R_HAT_OF_DISAGREEMENT
+
+
+JUDGES = {
+    "importance": lambda num: importance(FAR, num_samples=num, seed=0),
+    "snis": lambda num: sample(FAR, method="snis", num_samples=num, num_chains=1, seed=0),
+    "log_normalizer": lambda num: log_normalizer(BASE, LinearEnergy([3.0, 0.0]), num_samples=num, seed=0),
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES.values(), ids=JUDGES)
+@pytest.mark.parametrize("num, limit", [(100, "0.5"), (1000, "0.67"), (4000, "0.7")])
+def test_warnings_name_the_limit_of_their_number_of_draws(judge, num, limit):
+    with pytest.warns(InferenceWarning, match=rf"Pareto k = \d.\d\d > {limit}[,)]"):
+        judge(num)
+
+
+def test_a_k_between_the_limits_is_trusted_with_many_draws_only():
+    energy = LinearEnergy([1.5, 0.0])
+    found = {}
+    for num in (100, 10_000):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            draws = importance(tilt(model, {"z": energy}), num_samples=num, seed=2)
+        found[num] = (draws.pareto_k, bool(caught), compare({"x": draws}).verdict["x"])
+    few, many = found[100], found[10_000]
+    assert 0.5 < few[0] < 0.7 and few[1] and f"pareto_k {few[0]:.2f} > 0.5" in few[2]
+    assert many[0] < 0.7 and not many[1] and "pareto_k" not in many[2]
+
+
+def test_predictive_and_moments_name_it_too():
+    with pytest.warns(InferenceWarning, match=r"Pareto k = \d.\d\d > 0.7\)"):
+        predictive(FAR, num_samples=10, seed=0)
+    moments = MomentEnergy(lambda v: v[..., :1])
+    with pytest.warns(InferenceWarning, match=r"Pareto k = \d.\d\d, trusted up to 0.67; effective"):
+        fit_moments(BASE, moments, [2.5], method="importance", num_samples=1000, seed=0)
