@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.infer import MCMC
 from torch import Tensor
 
 import pyro_ebm
 from pyro_ebm.arviz_statistics import arviz_is_1x, quiet_import
-from pyro_ebm.inference.chains.mcmc import MCMC as BatchedMCMC
+from pyro_ebm.diagnostics.arviz_groups import (
+    SAMPLE_DIMS,
+    Pairing,
+    auto_dims,
+    fewer_chains,
+    renamed,
+    split_prior,
+    without_known,
+)
+from pyro_ebm.inference.as_draws import as_draws
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.structure import observed_sites, prototype_trace
+from pyro_ebm.inference.pointwise import ModelSites, model_sites, pointwise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,73 +33,89 @@ if TYPE_CHECKING:
 
 __all__ = ["load_arviz", "save_arviz", "to_arviz"]
 
-_SAMPLE_DIMS = ("chain", "draw")
-_Arrays = Mapping[str, "Tensor | np.ndarray"]
+Arrays = Mapping[str, "Tensor | np.ndarray"]
 
 
 def to_arviz(
-    draws: Draws | MCMC | BatchedMCMC,
+    draws: Any,
     *,
-    prior: _Arrays | None = None,
-    posterior_predictive: _Arrays | None = None,
-    observed_data: _Arrays | None = None,
+    prior: Arrays | None = None,
+    posterior_predictive: Arrays | None = None,
+    observed_data: Arrays | None = None,
+    log_likelihood: bool | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
+    chains: int | None = None,
     keep_warmup: bool = True,
 ) -> Any:
     """Convert draws to what ArviZ reads, whichever version of it is installed.
 
-    Weighted draws are marked as such: attribute ``weighted`` of the posterior group is 1, and
-    ``sample_stats`` holds their normalized ``log_weight``. ArviZ itself ignores weights: pass it
-    ``Draws.resample`` where it should not. Factor sites (empty entries) are left out everywhere.
-    Statistics of data that are sampled each on its own, (chain, draw, *data), share the names of their
-    further dimensions: those of the sites where ``dims`` names them, else ``datum``. What of ArviZ reads
-    divergences and energies wants one datum at a time: ``tree.sel(datum=3)``.
+    Draws know the model they come from (:meth:`Draws.with_model` gives one to those that do not). It is run at the
+    draws for the log likelihood of each datum, so that ``az.loo``, ``az.compare`` and ``plot_loo_pit`` work, and for
+    ``pyro.deterministic`` sites, which join the posterior. Data that a mask takes out count 0 in the log likelihood.
+    Dimensions along plates are called after them. Factor sites are left out everywhere.
+
+    Weighted draws are marked as such: attribute ``weighted`` of the posterior group is 1, and ``sample_stats`` holds
+    their normalized ``log_weight``. ArviZ itself ignores weights: convert :meth:`Draws.equally_weighted` where it
+    should not. Statistics of data that are sampled each on its own, (chain, draw, *data), share the names of their
+    further dimensions: those of the sites where ``dims`` names them, else ``datum``. What of ArviZ reads divergences
+    and energies wants one datum at a time: ``tree.sel(datum=3)``.
 
     Args:
-        draws: of this library, or an ``MCMC``, Pyro's or ours, after its ``run``.
-        prior: site -> (sample, *site_shape), for example from ``Predictive``. Sites that are not among
-            the posterior's go to group ``prior_predictive``, as ArviZ wants it.
-        posterior_predictive: site -> (sample, *site_shape).
+        draws: of this library; an ``MCMC`` after its ``run``, Pyro's or ours; Pyro's ``StreamingMCMC`` that keeps
+            samples; or site -> (sample, *site_shape), as ``get_samples()`` returns.
+        prior: site -> (sample, *site_shape), for example from ``Predictive`` or :func:`predictive`. Sites that are not
+            among the posterior's go to group ``prior_predictive``, as ArviZ wants it.
+        posterior_predictive: likewise. As many samples as there are draws belong to them, in their order, as
+            ``Predictive(model, mcmc.get_samples())`` and :func:`predictive` return them. Sites that are the
+            posterior's own, unchanged, are left out.
         observed_data: site -> data; added to those of the draws or of the MCMC's model.
-        dims: site or statistic -> names of its dimensions after (chain, draw); added to those of the draws.
+        log_likelihood: ``None``: have it where it exists, draws have no weights and it takes seconds at most
+            (attribute ``log_likelihood`` of the posterior group says why not); ``True``: have it, or raise;
+            ``False``: do not.
+        dims: site or statistic -> names of its dimensions after (chain, draw); before those of the draws and plates.
         coords: dimension name -> labels; added to those of the draws.
+        chains: keep so many chains, evenly spread: rank and trace plots of 64 cannot be read. All when ``None``.
         keep_warmup: whether to include ``draws.warmup`` when there is one.
 
     Returns:
-        ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) with the groups posterior, sample_stats,
-        observed_data, prior, prior_predictive, posterior_predictive, warmup_posterior and
-        warmup_sample_stats, as far as known.
+        ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) with the groups posterior, sample_stats, log_likelihood,
+        observed_data, prior, prior_predictive, posterior_predictive, warmup_posterior and warmup_sample_stats, as far
+        as known.
 
     Raises:
-        TypeError: if ``draws`` is neither.
-        ValueError: if the MCMC has not run, or dims or coords do not fit the shapes.
+        TypeError: if ``draws`` is none of these.
+        ValueError: if the MCMC has not run, dims or coords do not fit the shapes, or ``log_likelihood=True`` cannot
+            be fulfilled.
+
+    Warns:
+        UserWarning: of sites called ``chain`` or ``draw``, which get another name, and of a model that fails at the
+            draws.
     """
-    # Predictive(model, mcmc.get_samples()) keeps the order of the draws, chain after chain
-    paired = None
-    if isinstance(draws, BatchedMCMC):
-        draws = draws.draws
-    if not isinstance(draws, Draws):
-        draws = _draws_of_mcmc(draws)
-        paired = (draws.num_chains, draws.num_draws)
-    groups: dict[str, Mapping[str, Any]] = {"posterior": draws.values, "sample_stats": _stats(draws)}
+    draws = as_draws(draws)
+    kept = fewer_chains(draws, chains)
+    sites = ModelSites() if draws.source is None else model_sites(draws.source)
+    shapes = {**sites.shapes, **{name: value.shape[2:] for name, value in draws.values.items()}}
+    pairing = Pairing(draws, kept, shapes)
+    draws = draws.of_chains(kept)
+    found = pointwise(draws, sites, log_likelihood=log_likelihood)
+    posterior = {**draws.values, **{name: found.deterministic[name] for name in sorted(found.deterministic)}}
+    groups: dict[str, Mapping[str, Any]] = {"posterior": posterior, "sample_stats": _stats(draws)}
     if keep_warmup and draws.warmup is not None:
         groups["warmup_posterior"] = draws.warmup.values
         groups["warmup_sample_stats"] = _stats(draws.warmup)
-    if posterior_predictive is not None:
-        groups["posterior_predictive"] = {
-            name: _with_chains(name, value, paired) for name, value in posterior_predictive.items()
-        }
-    chained = {name: _with_chains(name, value, None) for name, value in (prior or {}).items()}
-    groups["prior"] = {name: value for name, value in chained.items() if name in draws.values}
-    groups["prior_predictive"] = {name: value for name, value in chained.items() if name not in draws.values}
+    predicted = pairing("posterior_predictive", posterior_predictive, paired=True)
+    groups["posterior_predictive"] = without_known(predicted, posterior)
+    groups |= split_prior(pairing("prior", prior), posterior)
+    groups["log_likelihood"] = found.log_likelihood
     groups["observed_data"] = {**draws.observed, **(observed_data or {})}
     named = {**draws.dims, **(dims or {})}
     return _container(
         groups,
         dims={**_data_dims(draws, named), **named},
+        plates=auto_dims(sites),
         coords={**draws.coords, **(coords or {})},
-        attrs={"posterior": _attributes(draws)},
+        attrs={"posterior": _attributes(draws, found.left_out)},
     )
 
 
@@ -126,6 +150,7 @@ def _container(
     groups: Mapping[str, Mapping[str, Any]],
     *,
     dims: Mapping[str, Sequence[str]],
+    plates: Mapping[str, Sequence[str | None]],
     coords: Mapping[str, Any],
     attrs: Mapping[str, Mapping[str, Any]],
 ) -> Any:
@@ -137,8 +162,9 @@ def _container(
     unknown = sorted(set(dims) - set(known) - {name for sites in groups.values() for name in sites})
     if unknown:
         raise ValueError(f"dims names sites that do not exist: {unknown}; sites: {known}")
+    names = renamed(arrays)
     data = {
-        group: _dataset(group, sites, dims=dims, coords=coords, attrs=attrs.get(group, {}))
+        group: _Group(group, sites, names=names, dims=dims, plates=plates, coords=coords).dataset(attrs.get(group, {}))
         for group, sites in arrays.items()
         if sites
     }
@@ -149,52 +175,87 @@ def _container(
     return quiet_import("arviz").InferenceData(**data)
 
 
-def _dataset(
-    group: str,
-    arrays: Mapping[str, np.ndarray],
-    *,
-    dims: Mapping[str, Sequence[str]],
-    coords: Mapping[str, Any],
-    attrs: Mapping[str, Any],
-) -> xr.Dataset:
-    import xarray as xr
+@dataclass(frozen=True)
+class _Group:
+    """One group under way to a data set.
 
-    sampled = _SAMPLE_DIMS if group != "observed_data" else ()
-    variables: dict[str, Any] = {}
-    labels: dict[str, np.ndarray] = {}
-    for name, array in arrays.items():
-        names = (*sampled, *_dim_names(name, array.shape[len(sampled) :], dims, taken=arrays))
-        for dim, size in zip(names, array.shape, strict=True):
-            labels[dim] = _labels(dim, size, coords, where=f"{group}: site {name!r}")
-        # "/" separates groups in NetCDF and in a DataTree, so it cannot be part of a variable's name
-        variables[name.replace("/", ".")] = (names, array)
-    common: dict[str, Any] = {
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
-        "creation_library": "pyro_ebm",
-        "creation_library_version": pyro_ebm.__version__,
-    }
-    if sampled:
-        common["sample_dims"] = list(sampled)  # what ArviZ 1.x looks for
-    return xr.Dataset(variables, coords=labels, attrs={**common, **attrs})
+    Args:
+        name: of the group.
+        arrays: site -> array.
+        names: site -> name of its variable, where it differs.
+        dims: site -> names of its dimensions, from the user or the draws.
+        plates: site -> names of the plates along its dimensions, used where ``dims`` says nothing.
+        coords: dimension -> labels.
+    """
 
+    name: str
+    arrays: Mapping[str, np.ndarray]
+    names: Mapping[str, str]
+    dims: Mapping[str, Sequence[str]]
+    plates: Mapping[str, Sequence[str | None]]
+    coords: Mapping[str, Any]
 
-def _dim_names(
-    name: str, shape: tuple[int, ...], dims: Mapping[str, Sequence[str]], *, taken: Iterable[str]
-) -> tuple[str, ...]:
-    if name not in dims:
-        return tuple(f"{name.replace('/', '.')}_dim_{i}" for i in range(len(shape)))
-    names = dims[name]
-    if isinstance(names, str) or len(names) != len(shape):
-        raise ValueError(
-            f"dims[{name!r}] must name the {len(shape)} dimensions of the site's shape {shape}, got {names!r}"
+    def dataset(self, attrs: Mapping[str, Any]) -> xr.Dataset:
+        import xarray as xr
+
+        sampled = SAMPLE_DIMS if self.name != "observed_data" else ()
+        variables: dict[str, Any] = {}
+        labels: dict[str, np.ndarray] = {}
+        for site, array in self.arrays.items():
+            shape = array.shape[len(sampled) :]
+            own = self._given(site, shape) or self._from_plates(site, shape, labels)
+            for dim, size in zip((*sampled, *own), array.shape, strict=True):
+                found = _labels(dim, size, self.coords, where=f"{self.name}: site {site!r}")
+                if len(labels.setdefault(dim, found)) != size:
+                    raise ValueError(
+                        f"{self.name}: dimension {dim!r} of site {site!r} has {size} elements, that of another site "
+                        f"{len(labels[dim])}; give the two different names in dims="
+                    )
+            variables[self.names.get(site, site)] = ((*sampled, *own), array)
+        common: dict[str, Any] = {
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
+            "creation_library": "pyro_ebm",
+            "creation_library_version": pyro_ebm.__version__,
+        }
+        if sampled:
+            common["sample_dims"] = list(sampled)  # what ArviZ 1.x looks for
+        return xr.Dataset(variables, coords=labels, attrs={**common, **attrs})
+
+    def _given(self, site: str, shape: tuple[int, ...]) -> tuple[str, ...] | None:
+        """What the user calls the site's dimensions; a log likelihood has no event dims, and takes the first names."""
+        if site not in self.dims:
+            return None
+        names = self.dims[site]
+        if self.name == "log_likelihood" and not isinstance(names, str):
+            names = list(names)[: len(shape)]
+        if isinstance(names, str) or len(names) != len(shape):
+            raise ValueError(
+                f"{self.name}: dims[{site!r}] must name the {len(shape)} dimensions of the site's shape {shape}, got "
+                f"{names!r}"
+            )
+        taken = {*SAMPLE_DIMS, *self.arrays}
+        forbidden = sorted({*names} & taken) + [n for n in names if list(names).count(n) > 1]
+        if forbidden:
+            raise ValueError(
+                f"{self.name}: dims[{site!r}] = {names!r}: {forbidden[0]!r} is used twice, or is the name of a site, "
+                f"or is one of {SAMPLE_DIMS}; choose another name"
+            )
+        return tuple(names)
+
+    def _from_plates(
+        self, site: str, shape: tuple[int, ...], labels: Mapping[str, np.ndarray]
+    ) -> tuple[str, ...]:
+        """The plates' names, where one plate is one size in this group; ``site_dim_0`` elsewhere."""
+        plates = self.plates.get(site, ())
+        if self.name == "log_likelihood":
+            plates = plates[: len(shape)]
+        if len(plates) != len(shape):
+            plates = [None] * len(shape)
+        default = self.names.get(site, site)
+        return tuple(
+            f"{default}_dim_{axis}" if plate is None or len(labels.get(plate, range(size))) != size else plate
+            for axis, (plate, size) in enumerate(zip(plates, shape, strict=True))
         )
-    forbidden = sorted({*names} & {*_SAMPLE_DIMS, *taken}) + [n for n in names if list(names).count(n) > 1]
-    if forbidden:
-        raise ValueError(
-            f"dims[{name!r}] = {names!r}: {forbidden[0]!r} is used twice, or is the name of a site, or is "
-            f"one of {_SAMPLE_DIMS}; choose another name"
-        )
-    return tuple(names)
 
 
 def _labels(dim: str, size: int, coords: Mapping[str, Any], *, where: str) -> np.ndarray:
@@ -206,15 +267,6 @@ def _labels(dim: str, size: int, coords: Mapping[str, Any], *, where: str) -> np
     if labels.shape != (size,):
         raise ValueError(f"coords[{dim!r}] must hold {size} labels ({where}), got shape {labels.shape}")
     return labels
-
-
-def _with_chains(name: str, value: Tensor | np.ndarray, posterior: tuple[int, int] | None) -> Any:
-    """(sample, *shape) -> (chain, draw, *shape): as the posterior's where that fits, else one chain."""
-    if value.ndim < 1:
-        raise ValueError(f"{name!r} must have shape (sample, *site_shape), got {tuple(value.shape)}")
-    num = value.shape[0]
-    chains, draws = posterior if posterior is not None and math.prod(posterior) == num else (1, num)
-    return value.reshape((chains, draws, *value.shape[1:]))
 
 
 def _stats(draws: Draws) -> dict[str, Tensor]:
@@ -236,7 +288,7 @@ def _data_dims(draws: Draws, dims: Mapping[str, Sequence[str]]) -> dict[str, tup
     return dict.fromkeys(by_datum, names) if len(names) == len(shape) else {}
 
 
-def _attributes(draws: Draws) -> dict[str, Any]:
+def _attributes(draws: Draws, left_out: str) -> dict[str, Any]:
     """Numbers and strings only: NetCDF knows neither bool nor None."""
     attrs: dict[str, Any] = {
         "inference_library": draws.notes.get("inference_library", "pyro_ebm"),
@@ -247,6 +299,8 @@ def _attributes(draws: Draws) -> dict[str, Any]:
         "sampling_seconds": float(draws.sampling_seconds),
         "notes": json.dumps(dict(draws.notes), default=str),
     }
+    if left_out:
+        attrs["log_likelihood"] = f"left out: {left_out}"
     if draws.num_gradients is not None:
         attrs["num_gradients"] = int(draws.num_gradients)
     if draws.pareto_k is not None:
@@ -255,39 +309,6 @@ def _attributes(draws: Draws) -> dict[str, Any]:
         # one number, or one for each datum: an attribute in NetCDF has one dimension at most
         attrs["log_z"], attrs["log_z_se"] = (_numpy(torch.as_tensor(x).flatten()).squeeze()[()] for x in draws.log_z)
     return attrs
-
-
-def _draws_of_mcmc(mcmc: MCMC) -> Draws:
-    """What a stock MCMC object remembers of its run."""
-    if not isinstance(mcmc, MCMC):
-        raise TypeError(f"draws must be a Draws or an MCMC (Pyro's or ours), got {type(mcmc).__name__}")
-    if mcmc._samples is None:
-        raise ValueError("draws: this MCMC has no samples; call its run(...) first")
-    values = {name: value.detach() for name, value in mcmc._samples.items()}
-    if not values:
-        raise ValueError("draws: this MCMC has no latent sites")
-    shape = next(iter(values.values())).shape[:2]
-    stats: dict[str, Tensor] = {}
-    # not mcmc.diagnostics(): it also computes ESS and R-hat of every site, and fails on short runs
-    found: list[dict[str, Any]] = [entry or {} for entry in mcmc._diagnostics]
-    if all("divergences" in entry for entry in found):
-        stats["diverging"] = torch.zeros(shape, dtype=torch.bool)
-        for chain, entry in enumerate(found):
-            stats["diverging"][chain, entry["divergences"]] = True
-    if all("acceptance rate" in entry for entry in found):
-        rates = torch.tensor([float(entry["acceptance rate"]) for entry in found])
-        stats["acceptance_rate"] = rates[:, None].expand(shape)
-    kernel: Any = mcmc.kernel
-    observed: dict[str, Tensor] = {}
-    if getattr(kernel, "model", None) is not None:
-        observed = observed_sites(prototype_trace(kernel.model, mcmc._args or (), mcmc._kwargs or {}))
-    notes = {
-        "inference_library": "pyro",
-        "kernel": type(kernel).__name__,
-        "warmup_steps": mcmc.warmup_steps,
-        "acceptance_rate": "share of accepted moves over the whole chain, the same for each of its draws",
-    }
-    return Draws(values, type(kernel).__name__.lower(), stats=stats, observed=observed, notes=notes)
 
 
 def _numpy(value: Any) -> np.ndarray:

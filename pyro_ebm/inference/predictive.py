@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_ebm.arviz_statistics import psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import warn_user
+from pyro_ebm.inference.as_draws import as_draws, samples_as_draws
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import random_stream
@@ -23,6 +24,7 @@ from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["predictive"]
 
+_DEFAULT = 1000
 _OVERSAMPLING = 16
 _MIN_POOL = 2048  # resampling a small pool would follow the untilted model
 
@@ -30,22 +32,25 @@ _MIN_POOL = 2048  # resampling a small pool would follow the untilted model
 def predictive(
     model: Callable[..., Any],
     *args: Any,
-    draws: Draws | None = None,
-    num_samples: int = 1000,
+    draws: Any = None,
+    num_samples: int | None = None,
     seed: int | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Draw all sites of a model, observed ones included; factors are respected, not ignored.
 
     (``pyro.infer.Predictive`` runs a tilted model as if it had no tilt.) Without ``draws``: the joint
-    prior predictive, by resampling forward runs with weights ``exp(-E)``. With ``draws``: latent
-    values are resampled from them (weights included) and the remaining sites are drawn given those.
+    prior predictive, by resampling forward runs with weights ``exp(-E)``. With ``draws``: the remaining sites are
+    drawn given each of them, in their order (chain after chain), so that rows belong to draws; weighted draws are
+    resampled first.
 
     Args:
         model: a Pyro model that broadcasts over an outer plate; tilted or not.
         *args: its arguments; observed values among them are redrawn.
-        draws: posterior draws of its latent sites.
-        num_samples: how many.
+        draws: posterior draws of its latent sites: :class:`Draws`, an ``MCMC`` (ours or Pyro's) after its ``run``, or
+            samples by site, (sample, *site_shape), as ``mcmc.get_samples()`` returns.
+        num_samples: how many. All the draws by default; fewer are spread evenly over them, the same number of each
+            chain where it divides. 1,000 without ``draws`` and for weighted ones.
         seed: a number for the same draws twice; ``None`` uses the global generator.
         **kwargs: the model's keyword arguments.
 
@@ -56,7 +61,10 @@ def predictive(
         ValueError: where a tilted site is not among ``draws`` (given the others its distribution is not the model's);
             where ``draws`` do not fit the model; where, without ``draws``, the model has factors of its own.
     """
-    whole_number("num_samples", num_samples)
+    if num_samples is not None:
+        whole_number("num_samples", num_samples)
+    if draws is not None:
+        draws = samples_as_draws(draws) if isinstance(draws, Mapping) else as_draws(draws)
     base = model.base_model if isinstance(model, TiltedModel) else model
     with random_stream(seed), evaluation_mode(model), torch.no_grad():
         if draws is not None:
@@ -67,10 +75,22 @@ def predictive(
                     f"the tilted site(s) {missing} are not among the draws ({sorted(draws.values)}): given the "
                     f"others they do not follow the model; draw them too, or leave draws=None"
                 )
-            return _forward(base, args, kwargs, num_samples, given=draws.resample(num_samples))
+            given = _rows(draws, num_samples)
+            return _forward(base, args, kwargs, len(next(iter(given.values()))), given=given)
+        num_samples = _DEFAULT if num_samples is None else num_samples
         if isinstance(model, TiltedModel):
             return _resampled(model, args, kwargs, num_samples)
         return _forward(base, args, kwargs, num_samples)
+
+
+def _rows(draws: Draws, num_samples: int | None) -> dict[str, Tensor]:
+    """Values by site, (num_samples, *site_shape): in the order of the draws, or resampled where they are weighted."""
+    if draws.log_weights is not None:
+        return draws.resample(_DEFAULT if num_samples is None else num_samples)
+    total = draws.num_chains * draws.num_draws
+    wanted = total if num_samples is None else num_samples
+    index = torch.arange(wanted) * total // wanted
+    return {site: draws.flat(site)[index.to(value.device)] for site, value in draws.values.items()}
 
 
 def _forward(

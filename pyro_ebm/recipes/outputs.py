@@ -71,7 +71,7 @@ def write_results(result: DebiasResult, out: str | Path) -> Path:
     write_whole(folder / "summary.json", summary + "\n")
     result.comparison.to_csv(folder / "comparison.csv", index=False)
     for method, draws in result.prior_draws.items():
-        save_arviz(to_arviz(draws, dims={"z": ["latent"]}), folder / f"draws_{method}.nc")
+        save_arviz(to_arviz(draws, dims={"z": ["latent"]}, log_likelihood=False), folder / f"draws_{method}.nc")
     best = folder / f"draws_{result.best_method}.nc"
     best.replace(folder / "draws.nc")
     save_weights(result.vae, folder / "vae.pt")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
@@ -122,7 +123,11 @@ def is_factor(site: Mapping[str, Any]) -> bool:
 
 def is_deterministic(site: Mapping[str, Any]) -> bool:
     """Whether a site is a ``pyro.deterministic``, or what a reparameterization made of a random one."""
-    return bool((site["infer"] or {}).get("_deterministic", False))
+    if (site["infer"] or {}).get("_deterministic", False):
+        return True
+    fn = site["fn"]  # reparameterizations put a point mass that counts for nothing at the value they compute
+    counts = not isinstance(fn, MaskedDistribution) or fn._mask is not False
+    return not counts and bool(site["is_observed"]) and isinstance(unmasked(fn), Delta)
 
 
 def is_observed(site: Mapping[str, Any]) -> bool:

@@ -186,7 +186,7 @@ def test_stock_mcmc(mcmc, rng_untouched):
     samples = mcmc.get_samples()
     with rng_untouched():
         tree = to_arviz(mcmc, dims={"y": ["item"]})
-    assert groups(tree) == {"posterior", "sample_stats", "observed_data"}
+    assert groups(tree) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
     assert tree["posterior"]["mu"].shape == (1, DRAWS)
     assert np.array_equal(tree["posterior"]["sigma"].values[0], samples["sigma"].numpy())
     assert set(tree["observed_data"].data_vars) == {"y"}  # mu_tilt, the factor, is not among them
@@ -293,17 +293,19 @@ def test_arviz_reads_it(mcmc):
             {"dims": {"z": ["p", "a"]}, "coords": {"p": [1, 2]}},
             r"coords\['p'\] must hold 3 labels \(posterior: site 'z'\), got shape \(2,\)",
         ),
-        ({"prior": {"mu": torch.tensor(1.0)}}, r"'mu' must have shape \(sample, \*site_shape\), got \(\)"),
+        ({"prior": {"mu": torch.tensor(1.0)}}, r"prior: 'mu' must have shape \(sample, \*site_shape\)"),
+        ({"posterior_predictive": torch.zeros(3)}, r"posterior_predictive must map sites to samples, got Tensor"),
+        ({"chains": 0}, "chains must be at least 1, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         to_arviz(make_draws(), **options)
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"draws must be a Draws or an MCMC .*, got dict"):
-        to_arviz({"z": torch.zeros(1, 10)})
+    with pytest.raises(TypeError, match=r"draws must be a Draws, an MCMC .*, got list"):
+        to_arviz([torch.zeros(1, 10)])
     with pytest.raises(ValueError, match=r"this MCMC has no samples; call its run"):
         to_arviz(MCMC(NUTS(model), num_samples=10, disable_progbar=True))
     with pytest.raises(ValueError, match=r"path: the folder .* does not exist"):

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import MCMC, NUTS
 from torch import nn
 
 from pyro_ebm import VAE, Draws, InferenceWarning, LinearEnergy, QuadraticEnergy, importance, predictive, tilt
@@ -253,3 +254,47 @@ def test_draws_of_another_model_or_other_data():
 def test_no_draws_asked_for():
     with pytest.raises(ValueError, match="num_samples must be a whole number of at least 1, got 0"):
         predictive(images, num_samples=0)
+
+
+# Rows belong to draws
+
+
+def noisy(y=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 2):
+        pyro.sample("y", dist.Normal(mu, 1e-3), obs=y)
+
+
+LABELED = torch.arange(12.0).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "expected"),
+    [
+        (None, range(12)),
+        (12, range(12)),
+        (6, [0, 2, 4, 6, 8, 10]),  # two of each chain
+        (5, [0, 2, 4, 7, 9]),
+        (24, [i // 2 for i in range(24)]),
+    ],
+)
+def test_draws_keep_their_order(num_samples, expected):
+    found = predictive(noisy, draws=Draws({"mu": LABELED}, "nuts"), num_samples=num_samples, seed=0)
+    assert found["mu"].tolist() == list(expected)
+    assert (found["y"] - found["mu"][:, None]).abs().max() < 0.01
+
+
+def test_weighted_draws_are_resampled():
+    draws = Draws({"mu": LABELED}, "snis", log_weights=torch.where(LABELED > 9.5, 0.0, -math.inf))
+    found = predictive(noisy, draws=draws, seed=0)
+    assert found["y"].shape == (1000, 2) and set(found["mu"].tolist()) == {10.0, 11.0}
+
+
+def test_samples_of_any_kind():
+    mcmc = MCMC(NUTS(noisy), num_samples=7, warmup_steps=3, disable_progbar=True)
+    mcmc.run(torch.zeros(2))
+    samples = mcmc.get_samples()
+    for draws in (mcmc, samples, {"mu": samples["mu"].numpy()}):
+        assert torch.equal(predictive(noisy, draws=draws, seed=0)["mu"], samples["mu"])
+    with pytest.raises(ValueError, match=r"'mu'.*does not fit the model|'mu'.*do not fit the model"):
+        predictive(noisy, draws=mcmc.get_samples(group_by_chain=True))
