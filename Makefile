@@ -1,9 +1,11 @@
-# One command each. Variables: PYTHON (3.11 or newer), VENV, OUT, WORKERS, BENCH, DATA; for instance
+# One command each. Variables: PYTHON (3.11 or newer), VENV, OUT, WORKERS, SLOW, BENCH, DATA; for instance
 #   make test PYTHON=python3.12 VENV=.venv-3.12
+# SLOW=1 adds the tests marked slow: make test SLOW=1
 PYTHON  ?= python3
 VENV    ?= .venv
 OUT     ?= out/demo
 WORKERS ?= 2
+SLOW    ?=
 DATA    ?= data
 
 BIN      = $(VENV)/bin
@@ -19,7 +21,7 @@ BENCHING = $(VENV)/.installed-bench
 
 help:
 	@echo "make demo       create $(VENV), install, run the main job on the bundled digits into $(OUT)"
-	@echo "make test       the same, then the test suite"
+	@echo "make test       the same, then the tests; SLOW=1 adds notebooks, compilation and other long ones"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      run the samplers against their peers; BENCH=--quick for a short look"
 	@echo "make bench-learning  energy priors on MNIST in DATA=folder: density, outliers; log Z; an hour on one core"
@@ -31,7 +33,7 @@ demo: $(PACKAGE)
 	$(BIN)/pyro-ebm debias --data digits --out $(OUT)
 
 test: $(TESTING) demo
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -p tests.rooms $(if $(SLOW),,-m 'not slow')
 
 lint: $(LINTING)
 	$(BIN)/ruff check .

@@ -64,8 +64,8 @@ def captured(function: _Function, u: Tensor, *, compile: bool = False) -> Captur
         compiled(u)
     except Exception as error:
         raise InferenceError(
-            f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]}); it needs a C++ compiler "
-            f"on the path; leave compile=False, which captures the graph without one"
+            f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]}); if that is for want of a "
+            f"C++ compiler, put one on the path, or leave compile=False, which captures the graph without one"
         ) from error
     return Captured(compiled, "compiled")
 
