@@ -85,7 +85,9 @@ _EXPORTS = {
         "plot_training_curves",
     ],
     "recipes.data_space": ["ReconstructionEnergy"],
-    "recipes.debias": ["DebiasConfig", "DebiasResult", "debias"],
+    "recipes.debias": ["debias"],
+    "recipes.debias_config": ["DebiasConfig"],
+    "recipes.result": ["DebiasResult"],
     "recipes.baselines": ["WeightedELBO"],
     "recipes.debias_study": ["StudyConfig", "StudyResult", "debias_study"],
 }

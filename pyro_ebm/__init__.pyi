@@ -179,14 +179,18 @@ from pyro_ebm.recipes.data_space import (
     ReconstructionEnergy,
 )
 from pyro_ebm.recipes.debias import (
-    DebiasConfig,
-    DebiasResult,
     debias,
+)
+from pyro_ebm.recipes.debias_config import (
+    DebiasConfig,
 )
 from pyro_ebm.recipes.debias_study import (
     StudyConfig,
     StudyResult,
     debias_study,
+)
+from pyro_ebm.recipes.result import (
+    DebiasResult,
 )
 from pyro_ebm.tilts.distribution import (
     TiltedDistribution,

@@ -7,7 +7,28 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["one_thread"]
+__all__ = ["checked_device", "one_thread"]
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """The device of this name, after a look whether a tensor can be made on it.
+
+    Raises:
+        ValueError: a name that torch does not know, or a device that this machine lacks.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).add(1)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device={str(name)!r} is not available here ({reason}); try {_available()}") from error
+    return device
+
+
+def _available() -> str:
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    return " or ".join(repr(name) for name in names)
 
 
 @contextmanager

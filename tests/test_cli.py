@@ -37,7 +37,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(config: Any) -> None:
         raise AssertionError("work began")
 
-    monkeypatch.setattr("pyro_ebm.recipes.debias.load_split", work)
+    monkeypatch.setattr("pyro_ebm.recipes.steps.load_split", work)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.debias_config import Schedule
 from pyro_ebm.training.fit import FitResult, fit
 
-__all__ = ["WeightedELBO", "fine_tune", "train_vae", "train_weighted"]
+__all__ = ["WeightedELBO", "fine_tune", "fit_vae", "new_vae", "train_vae", "train_weighted"]
 
 _LEARNING_RATE = 1e-3
 # Few images need a larger share to stop by: a tenth of 50 is too few to see overfitting in.
@@ -56,36 +57,31 @@ class WeightedELBO:
         return TraceMeanField_ELBO().differentiable_loss(*scaled, x)
 
 
+def new_vae(images: Tensor, latent_dim: int, schedule: Schedule, *, seed: int) -> VAE:
+    """A VAE for images (n, *event_shape) with the widths of the schedule; the seed decides its initial weights."""
+    with forked_rng(seed):
+        return VAE(images.shape[1:], latent_dim, hidden=schedule.hidden)
+
+
 def train_vae(
     images: Tensor, latent_dim: int, schedule: Schedule, *,
     weights: Tensor | None = None, budget: int | None = None, seed: int, progress: bool = True,
 ) -> tuple[VAE, FitResult]:  # fmt: skip
-    """Train a new VAE.
-
-    Args:
-        images: (n, *event_shape).
-        latent_dim: dimensions of z.
-        schedule: widths, epochs, batch size and patience.
-        weights: (n,) of the images; equal when ``None``.
-        budget: give as many gradient steps as so many images would get, where that is more, and hold more of a
-            small set apart to stop by; ``None``: the epochs of the schedule.
-        seed: of the initial weights and of training.
-        progress: show a progress bar.
+    """Train a new VAE: :func:`new_vae`, then :func:`fit_vae`.
 
     Returns:
         The VAE and its training curves.
     """
-    with forked_rng(seed):
-        vae = VAE(images.shape[1:], latent_dim, hidden=schedule.hidden)
-    return vae, _fit(vae, images, schedule, weights=weights, budget=budget, seed=seed, progress=progress)
+    vae = new_vae(images, latent_dim, schedule, seed=seed)
+    return vae, fit_vae(vae, images, schedule, weights=weights, budget=budget, seed=seed, progress=progress)
 
 
 def fine_tune(
     vae: VAE, images: Tensor, schedule: Schedule, *, budget: int | None = None, seed: int, progress: bool = True
 ) -> tuple[VAE, FitResult]:
-    """Train a copy of a VAE on; arguments as in :func:`train_vae`."""
+    """Train a copy of a VAE on; arguments as in :func:`fit_vae`."""
     tuned = copy.deepcopy(vae)
-    return tuned, _fit(tuned, images, schedule, budget=budget, seed=seed, progress=progress)
+    return tuned, fit_vae(tuned, images, schedule, budget=budget, seed=seed, progress=progress)
 
 
 def train_weighted(
@@ -94,7 +90,7 @@ def train_weighted(
     """Train a VAE on both sets, the biased images weighted by an estimated density ratio.
 
     Reference images have weight one; biased ones ``p_reference / p_biased``, with mean one. The other arguments
-    are those of :func:`train_vae`.
+    are those of :func:`fit_vae`.
 
     Returns:
         The VAE, its training curves, and the density ratio at the biased images.
@@ -109,10 +105,27 @@ def train_weighted(
     return vae, result, ratio
 
 
-def _fit(
+def fit_vae(
     vae: VAE, images: Tensor, schedule: Schedule, *,
-    weights: Tensor | None = None, budget: int | None = None, seed: int, progress: bool,
+    weights: Tensor | None = None, budget: int | None = None, seed: int, progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> FitResult:  # fmt: skip
+    """Train a VAE as it is.
+
+    Args:
+        vae: what learns.
+        images: (n, *event_shape).
+        schedule: widths, epochs, batch size and patience.
+        weights: (n,) of the images; equal when ``None``.
+        budget: give as many gradient steps as so many images would get, where that is more, and hold more of a
+            small set apart to stop by; ``None``: the epochs of the schedule.
+        seed: of training.
+        progress: show a progress bar.
+        checkpoint: file that keeps the state of the run; where it is there, the run goes on from it.
+
+    Returns:
+        Its training curves.
+    """
     share, stretch = _VALIDATION, 1
     if budget is not None:
         share = _VALIDATION_OF_FEW if len(images) < _FEW else _VALIDATION
@@ -128,6 +141,8 @@ def _fit(
         batch_size=schedule.vae_batch,
         validation=share,
         patience=schedule.patience * stretch,
+        checkpoint=checkpoint,
+        resume=checkpoint is not None and checkpoint.is_file(),
         seed=seed,
         progress=progress,
     )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+import shlex
+from dataclasses import dataclass, fields
 from operator import index
 from pathlib import Path
 from typing import Any
 
 from pyro_ebm.checks import whole_number
-from pyro_ebm.inference.sample import METHODS as ALL_METHODS
 
 __all__ = ["DATASETS", "METHODS", "DebiasConfig", "Schedule"]
 
-METHODS = tuple(method for method in ALL_METHODS if method != "auto")  # a comparison names what it compares
+# Those of sample() but "auto": a comparison names what it compares. Not imported, so that --help is quick.
+METHODS = ("snis", "chees", "nuts", "hmc", "mala", "ula", "smc")
 DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist")
 _DEFAULT_PROPORTIONS = (0.12, 0.33, 0.28, 0.20, 0.07)
 
@@ -31,11 +33,14 @@ class DebiasConfig:
         latent_dim: dimensions of z.
         methods: samplers to run, those of :func:`sample` except ``"auto"``.
         num_samples: draws of the tilted prior per MCMC method, over all chains (``None``: 4,000 for digits,
-            else 12,000); importance sampling weighs ten times as many.
+            else 12,000); importance sampling weighs ten times as many. Up to four times the number is drawn where
+            so many are needed for labels by which the class balance can be told, and time allows.
         num_chains: chains of ``"nuts"`` and ``"hmc"``; the others run 64 as one batch.
+        max_seconds: what a sampler may spend on one target; ``"nuts"`` and ``"hmc"`` stop there with the draws so far.
         seed: of everything.
         baselines: also train a VAE on the reference set alone, and fine-tune the biased one on it.
-        quick: short training and few draws, to see that everything runs.
+        device: where to train and to sample: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ... Results are on the CPU.
+        quick: short training and few draws, to see that everything runs: the numbers mean nothing.
         progress: show progress bars.
     """
 
@@ -48,8 +53,10 @@ class DebiasConfig:
     methods: tuple[str, ...] = ("snis", "chees", "nuts", "hmc")
     num_samples: int | None = None
     num_chains: int = 4
+    max_seconds: float = 120.0
     seed: int = 0
     baselines: bool = False
+    device: str = "cpu"
     quick: bool = False
     progress: bool = True
 
@@ -74,6 +81,26 @@ class DebiasConfig:
             whole_number(name, getattr(self, name))
         if (self.num_samples or 0) < 4 * self.num_chains:
             raise ValueError(f"num_samples must be at least 4 per chain, got {self.num_samples}")
+        if not 0 < self.max_seconds < math.inf:
+            raise ValueError(f"max_seconds must be a positive number, got {self.max_seconds}")
+        from pyro_ebm.devices import checked_device  # loads torch, which --help does without
+
+        checked_device(self.device)
+
+    def command(self, out: str | Path | None = None) -> str:
+        """The shell command that runs this job; options that have their default are left out."""
+        usual = DebiasConfig() if self.data == DebiasConfig.data else DebiasConfig(data=self.data)
+        words = ["pyro-ebm", "debias"]
+        if self.data != DebiasConfig.data:
+            words += ["--data", self.data]
+        for name in (each.name for each in fields(self) if each.name != "progress"):
+            value = getattr(self, name)
+            if value == getattr(usual, name):
+                continue
+            words.append("--" + name.replace("_", "-"))
+            if value is not True:
+                words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+        return shlex.join(words if out is None else [*words, "--out", os.fspath(out)])
 
     def _normalize(self) -> None:
         """Ranges, arrays and their numbers become Python's own, which summary.json can hold."""
@@ -83,6 +110,7 @@ class DebiasConfig:
         # A total variation distance near zero needs some hundred effective draws per class to be seen.
         default = 4000 if self.data == "digits" else 12000
         plain["num_samples"] = default if self.num_samples is None else index(self.num_samples)
+        plain["max_seconds"], plain["device"] = float(self.max_seconds), str(self.device)
         plain["digits"] = tuple(index(digit) for digit in self.digits)
         plain["proportions"] = tuple(float(share) for share in self.proportions)
         plain["methods"] = self.methods if isinstance(self.methods, str) else tuple(self.methods)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_ebm.devices import one_thread
 from pyro_ebm.errors import TrainingWarning, warn_user
 from pyro_ebm.files import write_whole
-from pyro_ebm.recipes.outputs import prepare_folder
+from pyro_ebm.recipes.job_folder import results_folder
 from pyro_ebm.recipes.study_cells import Bench, run_cell
 from pyro_ebm.recipes.study_config import Cell, StudyConfig
 from pyro_ebm.recipes.study_store import StudyStore
@@ -108,14 +108,13 @@ def debias_study(
     if config is not None and settings:
         raise ValueError(f"give config or keywords, not both; got config and {sorted(settings)}")
     config = config or StudyConfig(**settings)
-    folder = None if out is None else prepare_folder(out)
-    store = StudyStore(folder, config.fingerprint)
     # Networks for 8 x 8 images are too small to be worth a second thread.
-    with one_thread() if config.data == "digits" else nullcontext():
+    with results_folder(out) as folder, one_thread() if config.data == "digits" else nullcontext():
+        store = StudyStore(folder, config.fingerprint)
         _run(config, store)
-    result = StudyResult(config, _table(config, store))
-    if folder is not None:
-        _write(result, folder)
+        result = StudyResult(config, _table(config, store))
+        if folder is not None:
+            _write(result, folder)
     failed = len(result.failures)
     if failed:
         first = result.failures.iloc[0]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,48 +21,38 @@ from pyro_ebm.training.fit import save_weights
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pyro_ebm.recipes.debias import DebiasResult
+    from pyro_ebm.recipes.result import DebiasResult
 
-__all__ = ["balance_table", "prepare_folder", "write_results"]
-
-
-def prepare_folder(out: str | Path) -> Path:
-    """Make the folder, and find out now whether it can be written to, not after the work is done.
-
-    Raises:
-        OSError: if it cannot.
-    """
-    folder = Path(out)
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"out={os.fspath(out)!r} cannot be written to ({error.strerror or error}); choose another folder"
-        ) from error
-    return folder
+__all__ = ["balance_table", "write_results"]
 
 
 def balance_table(result: DebiasResult) -> pd.DataFrame:
-    """Class proportions, total variation distance with its interval; one row per image source."""
+    """Class proportions and total variation distance; one row per image source.
+
+    ``TV`` comes with its 95 % interval; ``chance`` is what so many labels would have by chance alone, ``TV - chance``
+    the distance with it taken off, ``worth`` the number of independent labels that those counted are worth.
+    """
     import pandas as pd
 
     rows = {}
     for name, balance in result.balances.items():
         low, high = balance.tv_interval()
         shares = {f"class {c}": float(p) for c, p in zip(balance.classes, balance.proportions, strict=True)}
-        rows[name] = {**shares, "TV": balance.tv(), "TV low": low, "TV high": high, "images": balance.n}
+        rows[name] = {
+            **shares, "TV": balance.tv(), "TV low": low, "TV high": high, "chance": balance.chance,
+            "TV - chance": balance.tv_without_chance(), "worth": round(balance.ess), "images": balance.n,
+        }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("source")
 
 
-def write_results(result: DebiasResult, out: str | Path) -> Path:
-    """Write ``summary.json``, ``comparison.csv``, draws, weights, figures and ``report.html`` into ``out``.
+def write_results(result: DebiasResult, folder: Path) -> None:
+    """Write ``summary.json``, ``comparison.csv``, draws, weights, figures and ``report.html`` into a folder.
 
-    Returns:
-        The folder.
+    Args:
+        result: what to write.
+        folder: made when missing, like its ``figures``.
     """
-    folder = prepare_folder(out)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     # NaN is no JSON: what is unknown is null.
     summary = json.dumps(_jsonable(result.summary), indent=2, allow_nan=False)
@@ -85,7 +73,6 @@ def write_results(result: DebiasResult, out: str | Path) -> Path:
         balance_table=balance_table(result),
         figures=figures,
     )
-    return folder
 
 
 def _labeled(comparison: pd.DataFrame) -> pd.DataFrame:

@@ -30,7 +30,7 @@ from pyro_ebm.inference.sample import sample
 from pyro_ebm.models.vae import VAE
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.baselines import fine_tune, train_vae, train_weighted
-from pyro_ebm.recipes.debias import load_split, prior_model, train_tilt
+from pyro_ebm.recipes.steps import load_split, prior_model, train_tilt
 from pyro_ebm.recipes.study_config import Cell, StudyConfig
 from pyro_ebm.recipes.study_store import Row, StudyStore
 from pyro_ebm.thresholds import pareto_k_limit

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from pyro_ebm import VAE, InferenceWarning, MLPEnergy, TiltedModel, load_arviz, load_weights
-from pyro_ebm.recipes import debias as module
-from pyro_ebm.recipes.debias import DebiasConfig, DebiasResult, debias, prior_model
-from pyro_ebm.recipes.debias_config import Schedule
+from pyro_ebm.recipes import steps
+from pyro_ebm.recipes.debias import debias
+from pyro_ebm.recipes.debias_config import DebiasConfig, Schedule
+from pyro_ebm.recipes.result import DebiasResult
 
 METHODS = ("snis", "chees", "nuts", "hmc")
 SMALL: dict[str, Any] = {"quick": True, "num_samples": 100, "num_chains": 2, "progress": False}
@@ -81,7 +82,7 @@ def test_the_summary_has_every_number(job):
     assert (summary["data"], summary["seed"], summary["latent_dim"]) == ("digits", 0, 2)
     assert summary["sizes"] == result.split.sizes
     sources = {"biased_data", "prior", *METHODS}
-    for name in ("tv", "class_proportions", "tv_interval", "fairness_discrepancy"):
+    for name in ("tv", "class_proportions", "tv_interval", "fairness_discrepancy", "tv_chance", "tv_without_chance"):
         assert summary[name].keys() == sources, name
     assert summary["log_z"].keys() == {"value", "se"}
     assert summary["importance"].keys() == {"ess_fraction", "pareto_k"}
@@ -179,7 +180,7 @@ def test_the_tilted_prior_is_the_model_that_was_sampled(job):
     result, _ = job
     tilted = result.tilted_prior
     assert isinstance(tilted, TiltedModel) and tilted.energies["z"] is result.energy
-    z = prior_model(result.vae)()
+    z = steps.prior_model(result.vae)()
     assert z.shape == (2,)
 
 
@@ -249,9 +250,11 @@ def test_other_latent_dimensions_baselines_and_classes(tiny, tmp_path, monkeypat
 
 
 def test_nothing_of_an_earlier_job_stays_behind_and_nothing_else_goes(tmp_path):
-    from pyro_ebm.recipes.outputs import _remove_leftovers, prepare_folder
+    from pyro_ebm.recipes.job_folder import results_folder
+    from pyro_ebm.recipes.outputs import _remove_leftovers
 
-    folder = prepare_folder(tmp_path)
+    with results_folder(tmp_path) as folder:
+        pass
     ours = [folder / "draws_nuts.nc", folder / "figures" / "energy_landscape.png"]
     theirs = [folder / "notes.txt", folder / "figures" / "mine.png"]
     for path in ours + theirs:
@@ -384,7 +387,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(tmp_path, monk
     def work(config: DebiasConfig) -> None:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(module, "load_split", work)
+    monkeypatch.setattr(steps, "load_split", work)
     file = tmp_path / blocked
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
