@@ -21,6 +21,7 @@ from pyro_ebm.diagnostics.ranks import Calibration
 from pyro_ebm.errors import InferenceError, InferenceWarning, warn_user
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.predictive import predictive
+from pyro_ebm.keywords import model_arguments, passes_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.structure import (
@@ -42,6 +43,7 @@ _GIVE_UP = 5
 Quantity = Callable[[dict[str, Tensor]], Tensor]
 
 
+@passes_keywords()
 def calibrate(
     model: Callable[..., Any],
     *args: Any,
@@ -52,6 +54,7 @@ def calibrate(
     quantities: Mapping[str, Quantity] | None = None,
     seed: int | None = None,
     progress: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Calibration:
     r"""Simulate true values and data from a model, sample the posterior, and rank the truth among the draws.
@@ -68,7 +71,8 @@ def calibrate(
         model: a Pyro model that broadcasts over an outer plate; tilted or not.
         *args: its arguments. Values of observed sites among them give the shapes only: they are simulated.
         sampler: called as ``sampler(conditioned_model, *args, seed=..., **kwargs)``, for example
-            ``functools.partial(sample, method="nuts", progress=False)``. The model is conditioned on the
+            ``functools.partial(sample, method="nuts", progress=False)``; with ``model_kwargs=kwargs`` where the
+            model has an argument ``seed``. The model is conditioned on the
             simulated data, and an argument that is itself an observed value is replaced by them. Let it return
             a few times ``num_draws`` effective draws.
         num_simulations: data sets, one run of the sampler each.
@@ -78,7 +82,8 @@ def calibrate(
         quantities: name -> function of ``{site: (draw, *site_shape)}``, data included, to (draw,).
         seed: a number for the same result twice; ``None`` takes one from the global generator.
         progress: show a progress bar.
-        **kwargs: the model's keyword arguments.
+        model_kwargs: the model's keyword arguments, whatever their names.
+        **kwargs: the same, where no option has their name.
 
     Returns:
         Ranks with their test. Ctrl-C returns the simulations so far.
@@ -98,7 +103,7 @@ def calibrate(
     _check_options(sampler, num_simulations, num_draws, quantities)
     start = time.perf_counter()
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    study = _Study(model, sampler, (args, kwargs), observed, quantities or {})
+    study = _Study(model, sampler, (args, dict(model_kwargs or {})), observed, quantities or {})
     record = _simulate(study, num_simulations, num_draws, seed=seed, progress=progress)
     moving = torch.stack([outcome.moves for outcome in record.outcomes]).any(0)
     ranks = torch.stack([outcome.ranks for outcome in record.outcomes], 1)
@@ -264,7 +269,7 @@ class _Study:
         size = _BLOCK if isinstance(self.model, TiltedModel) else num
         for start in range(0, num, size):
             stream = fingerprint((), seed, "truth", start)
-            many = predictive(self.model, *args, num_samples=min(size, num - start), seed=stream, **kwargs)
+            many = predictive(self.model, *args, num_samples=min(size, num - start), seed=stream, model_kwargs=kwargs)
             for index in range(min(size, num - start)):
                 yield {name: many[name][index] for name in [*self.latent, *self.data]}
 
@@ -289,7 +294,7 @@ class _Study:
         data = {name: truth[name] for name in self.data}
         args, kwargs = tree_map(lambda leaf: self._simulated(leaf, data), self.call)
         try:
-            draws = self.sampler(self._conditioned(data), *args, seed=seed, **kwargs)
+            draws = self.sampler(self._conditioned(data), *args, seed=seed, **self._for_sampler(kwargs))
         except Exception as error:  # whatever goes wrong for these data is a finding about the sampler
             raise _FailedError(f"{type(error).__name__}: {error}") from error
         if not isinstance(draws, Draws):
@@ -299,6 +304,11 @@ class _Study:
         if not found or any(due[name] != shape for name, shape in found.items()):
             raise ValueError(f"sampler must return draws of the model's latent sites {due}, got {draws!r}")
         return draws
+
+    def _for_sampler(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A model with a ``seed`` of its own shares the name with the sampler's option."""
+        args, _ = self.call
+        return {"model_kwargs": kwargs} if "seed" in model_arguments(self.model, len(args)).names else kwargs
 
     def _conditioned(self, data: dict[str, Tensor]) -> Callable[..., Any]:
         if not data:

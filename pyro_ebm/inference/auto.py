@@ -71,7 +71,7 @@ def auto(
     else:
         steps.append(f"snis: not tried (it needs a model that broadcasts, not vectorize={vectorize!r})")
     try:
-        density = LogDensity.from_model(model, *args, independent=independent, vectorize=vectorize, **kwargs)
+        density = LogDensity.from_model(model, *args, independent=independent, vectorize=vectorize, model_kwargs=kwargs)
     except ValueError as error:
         if independent is not None or vectorize != "plate":
             raise

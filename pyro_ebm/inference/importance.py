@@ -19,6 +19,7 @@ from pyro_ebm.display import describe_log_likelihood, log_likelihood_as_html
 from pyro_ebm.errors import report
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.draws import Draws, Source
+from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng, random_stream
 from pyro_ebm.structure import (
@@ -69,6 +70,7 @@ class LogLikelihood(NamedTuple):
         return log_likelihood_as_html(self)
 
 
+@passes_keywords()
 def importance(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None = None,
@@ -76,6 +78,7 @@ def importance(
     num_samples: int = 10_000,
     seed: int | None = None,
     strict: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Draws:
     r"""Self-normalized importance sampling: draws of the guide, weighted by ``p(z, x) / q(z)``.
@@ -90,7 +93,8 @@ def importance(
         num_samples: draws.
         seed: a number for the same draws twice; ``None`` uses the global generator.
         strict: raise instead of warn when the weights cannot be trusted.
-        **kwargs: keyword arguments of model and guide.
+        model_kwargs: keyword arguments of model and guide, whatever their names.
+        **kwargs: the same, where no option has their name.
 
     Returns:
         One chain of ``num_samples`` draws with normalized ``log_weights``, ``log_z`` with its standard
@@ -105,7 +109,7 @@ def importance(
     """
     whole_number("num_samples", num_samples, at_least=2)
     start = time.perf_counter()
-    sampler = _Importance(model, guide, args, kwargs)
+    sampler = _Importance(model, guide, args, dict(model_kwargs or {}))
     sampler.check_broadcast()
     with random_stream(seed), torch.no_grad():
         chunks = [sampler.draw(min(_CHUNK, num_samples - k)) for k in range(0, num_samples, _CHUNK)]
@@ -123,7 +127,7 @@ def importance(
         log_z=Estimate(*(float(x) for x in log_z)),  # type: ignore[arg-type]
         pareto_k=k,
         observed=sampler.observed,
-        source=Source(model, args, kwargs),
+        source=Source(model, args, sampler.kwargs),
         num_gradients=0,
         seconds=seconds,
         sampling_seconds=seconds,

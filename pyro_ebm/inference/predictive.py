@@ -15,6 +15,7 @@ from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.as_draws import as_draws, samples_as_draws
 from pyro_ebm.inference.draws import Draws
+from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import event_dim_of, padded_shape, plate_depth, prototype_trace, unconditioned
@@ -29,12 +30,14 @@ _OVERSAMPLING = 16
 _MIN_POOL = 2048  # resampling a small pool would follow the untilted model
 
 
+@passes_keywords()
 def predictive(
     model: Callable[..., Any],
     *args: Any,
     draws: Any = None,
     num_samples: int | None = None,
     seed: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Draw all sites of a model, observed ones included; factors are respected, not ignored.
@@ -52,7 +55,8 @@ def predictive(
         num_samples: how many. All the draws by default; fewer are spread evenly over them, the same number of each
             chain where it divides. 1,000 without ``draws`` and for weighted ones.
         seed: a number for the same draws twice; ``None`` uses the global generator.
-        **kwargs: the model's keyword arguments.
+        model_kwargs: the model's keyword arguments, whatever their names.
+        **kwargs: the same, where no option has their name.
 
     Returns:
         site -> tensor (num_samples, *site_shape).
@@ -61,6 +65,7 @@ def predictive(
         ValueError: where a tilted site is not among ``draws`` (given the others its distribution is not the model's);
             where ``draws`` do not fit the model; where, without ``draws``, the model has factors of its own.
     """
+    kwargs = dict(model_kwargs or {})
     if num_samples is not None:
         whole_number("num_samples", num_samples)
     if draws is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pyro_ebm.checks import whole_number
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws, Source
+from pyro_ebm.keywords import passes_keywords
 
 __all__ = ["as_log_density", "quadrature"]
 
@@ -35,12 +36,14 @@ def as_log_density(target: Any, *args: Any, **kwargs: Any) -> LogDensity:
     raise TypeError(f"target must be a LogDensity, a distribution or a Pyro model, got {type(target).__name__}")
 
 
+@passes_keywords()
 @torch.no_grad()
 def quadrature(
     target: LogDensity | Distribution | Callable[..., Any],
     *args: Any,
     num_points: int | None = None,
     radius: float = 10.0,
+    model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Draws:
     r"""Every expectation of a 1-D or 2-D target, by the trapezoidal rule on a grid that finds its mass.
@@ -53,7 +56,8 @@ def quadrature(
         *args: the model's arguments.
         num_points: grid points per axis; 2,048 in 1-D and 256 in 2-D by default.
         radius: half-width of the first box, unconstrained units; grows while mass lies at its edge.
-        **kwargs: the model's keyword arguments.
+        model_kwargs: the model's keyword arguments, whatever their names.
+        **kwargs: the same, where no option has their name.
 
     Returns:
         Weighted draws, ``method="quadrature"``; ``log_z`` of the unnormalized target, its ``se`` being the
@@ -63,7 +67,7 @@ def quadrature(
         ValueError: more than two dimensions, or a density without a finite peak or with mass at infinity.
     """
     start = time.perf_counter()
-    density = as_log_density(target, *args, **kwargs)
+    density = as_log_density(target, *args, model_kwargs=model_kwargs)
     if density.dim > 2 or density.batch:
         raise ValueError(
             f"quadrature needs a target of 1 or 2 dimensions, got {density.dim} with batch {tuple(density.batch)}; "

@@ -22,16 +22,28 @@ from pyro_ebm.inference.kernels.hmc import ChEES
 from pyro_ebm.inference.kernels.kernel import Kernel
 from pyro_ebm.inference.kernels.langevin import MALA, ULA
 from pyro_ebm.inference.until import Target, importance_until, run_until
+from pyro_ebm.keywords import passes_keywords
 
 __all__ = ["METHODS", "sample"]
 
 _KERNELS: dict[str, type[Kernel]] = {"chees": ChEES, "mala": MALA, "ula": ULA}
 _CHAINS = {"snis": 4, "nuts": 4, "hmc": 4, "smc": 8}  # the others: 64, a batch that costs little more than one
 # Arguments of the methods' own functions that sample() itself gives.
-_GIVEN = {"model", "target", "args", "kwargs", "guide", "num_samples", "num_chains", "seed", "began", "disable_progbar"}
+_GIVEN = {"model", "model_kwargs", "target", "args", "kwargs", "guide", "num_samples", "num_chains", "seed"}
+_GIVEN |= {"began", "disable_progbar"}
+_OF_SAMPLE = {"method", "guide", "num_samples", "num_chains", "ess", "max_seconds", "seed", "progress"}
 METHODS = ("auto", "snis", "nuts", "hmc", *_KERNELS, "smc")
 
 
+def _options_of(given: Mapping[str, Any]) -> tuple[str, frozenset[str], frozenset[str]]:
+    """What to call the method in errors, its options, and those of all methods."""
+    method = given.get("method", "auto")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    return f'method="{method}"', frozenset(_known(method) | _OF_SAMPLE), frozenset().union(*map(_known, METHODS))
+
+
+@passes_keywords(_options_of)
 def sample(
     model: Callable[..., Any],
     *args: Any,
@@ -42,6 +54,7 @@ def sample(
     ess: float | None = None,
     max_seconds: float | None = None,
     seed: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Draws:
     """Sample a model's latent sites by the named method.
@@ -61,7 +74,8 @@ def sample(
 
     Args:
         model: a Pyro model, tilted or not; for batched chains and SMC a distribution or :class:`LogDensity` too.
-        *args: its arguments.
+        *args: its arguments. Arrays and tables (numpy, pandas) of numbers become tensors, floating-point ones in
+            torch's default dtype.
         method: one of the table.
         guide: proposal for importance sampling, and for the starting points of chains.
         num_samples: draws per chain, 1,000 by default; with ``ess`` and with ``"auto"`` the most that may be drawn.
@@ -73,8 +87,9 @@ def sample(
             alone. A warm-up is not cut short.
         seed: a number for the same draws twice; ``None`` uses the global generator. (What time stops is not
             the same twice.)
-        **options: further arguments of the method's own function or classes, which reject unknown ones;
-            ``progress`` and ``model_kwargs`` everywhere.
+        model_kwargs: the model's keyword arguments, whatever their names.
+        **options: the model's keyword arguments where no option has their name, and further options: the arguments of
+            the method's own function or classes; ``progress`` everywhere.
 
     Returns:
         Draws; the same type whatever the method. ``notes`` holds what was done, and, for ``"auto"``, why.
@@ -82,10 +97,9 @@ def sample(
     Raises:
         ValueError: unknown method, impossible counts, ``ess`` with a method that cannot go on, or
             ``max_seconds`` without ``ess`` where it means nothing.
-        TypeError: an option that the method does not have, a model of the wrong kind.
+        TypeError: a keyword that neither method nor model has, or that both have where ``model_kwargs`` is missing; a
+            model of the wrong kind.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if isinstance(model, LogDensity | Distribution) and method not in (*_KERNELS, "smc"):
         raise TypeError(
             f'model must be a Pyro model for method="{method}", got {type(model).__name__}; sample it in a model, '
@@ -94,8 +108,7 @@ def sample(
     if num_chains is not None:
         whole_number("num_chains", num_chains)
     began = time.perf_counter()
-    kwargs = dict(options.pop("model_kwargs", None) or {})
-    _refuse_unknown(method, options)
+    kwargs = dict(model_kwargs or {})
     target = _target(method, ess, max_seconds, num_samples)
     if method == "auto":
         return auto(model, guide, target, args, kwargs, num_chains=num_chains, seed=seed, began=began, **options)  # type: ignore[arg-type]
@@ -111,7 +124,7 @@ def sample(
         total = num_samples * num_chains
         options.pop("progress", None)
         if target is None:
-            return importance(model, guide, *args, num_samples=total, seed=seed, **options, **kwargs)
+            return importance(model, guide, *args, num_samples=total, seed=seed, model_kwargs=kwargs, **options)
         target = dataclasses.replace(target, max_draws=total if limited else None)
         return importance_until(model, guide, target, args, kwargs, seed=seed, began=began, **options)
     if method in ("nuts", "hmc"):
@@ -162,10 +175,3 @@ def _known(method: str) -> set[str]:
 
 def _arguments(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters) - _GIVEN
-
-
-def _refuse_unknown(method: str, options: Mapping[str, Any]) -> None:
-    known = _known(method) | {"progress", "model_kwargs"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise TypeError(f'method="{method}" has no option {unknown}; it takes {sorted(known)}')

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 from pyro_ebm.display import number, table
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.estimates import Estimate, importance_estimate
+from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import modules_of, name_of, register_for_svi
 from pyro_ebm.randomness import fingerprint
 from pyro_ebm.structure import ModelStructure, event_dim_of, model_structure, prototype_trace
@@ -175,9 +176,15 @@ class TiltedModel(nn.Module):
                 found[group[0]] = self._site_log_z(group[0])
         return found
 
+    @passes_keywords()
     @torch.no_grad()
     def log_normalizer(
-        self, *args: Any, num_samples: int = 16384, seed: int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        num_samples: int = 16384,
+        seed: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Estimate:
         """Log Z of the tilt for these arguments, summed over groups of sites that are independent.
 
@@ -185,7 +192,8 @@ class TiltedModel(nn.Module):
             *args: the model's arguments.
             num_samples: draws of the base model.
             seed: a number for the same answer twice.
-            **kwargs: the model's keyword arguments.
+            model_kwargs: the model's keyword arguments, whatever their names.
+            **kwargs: the same, where no option has their name.
 
         Returns:
             ``(value, se)``: 0-d where log Z does not depend on the inputs, else one number per datum.
@@ -193,6 +201,7 @@ class TiltedModel(nn.Module):
         Warns:
             InferenceWarning: where the estimate is not finite or its weights have too heavy a tail.
         """
+        kwargs = dict(model_kwargs or {})
         structure = self.structure(*args, **kwargs)
         trace = prototype_trace(self.base_model, args, kwargs)
         settings = Normalizer(num_samples=num_samples)

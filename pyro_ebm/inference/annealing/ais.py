@@ -18,6 +18,7 @@ from pyro_ebm.inference.annealing.tempering import Path, Points, kernel_for, pat
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.kernel import Kernel, Step, Tuning
 from pyro_ebm.inference.kernels.langevin import ULA
+from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.randomness import one_source, random_seed, streams
 
 __all__ = ["Schedule", "annealed_importance", "bridge", "schedule_of"]
@@ -27,6 +28,7 @@ _BISECTIONS = 80
 _MAX_GAP = 1.0  # nats between the bounds
 
 
+@passes_keywords()
 def annealed_importance(
     target: Any,
     *args: Any,
@@ -45,6 +47,7 @@ def annealed_importance(
     compile: bool = False,
     progress: bool = True,
     strict: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> BoundedEstimate:
     r"""Bound log Z from both sides by chains that go from the base to the target, and back.
@@ -78,7 +81,8 @@ def annealed_importance(
         compile: hand the captured graph to ``torch.compile``.
         progress: show a progress bar.
         strict: raise instead of warn when the bounds cannot be trusted.
-        **kwargs: the model's keyword arguments.
+        model_kwargs: the model's keyword arguments, whatever their names.
+        **kwargs: the same, where no option has their name.
 
     Returns:
         ``.value``, ``.se``, ``.lower``, ``.upper`` for log Z of the unnormalized target, each 0-d, or (n,) with
@@ -107,7 +111,7 @@ def annealed_importance(
     kernel = kernel_for(target, kernel, independent=independent, vectorize=vectorize)
     _check(kernel, num_chains, num_groups, num_temperatures, prob)
     one_source(seed, generator)
-    path = path_to(kernel, args, kwargs, guide=guide, base=base)
+    path = path_to(kernel, args, dict(model_kwargs or {}), guide=guide, base=base)
     start, generator = streams(random_seed(seed, generator), generator, path.target.like.device)
     size = num_chains // num_groups
     with path.quiet(), tqdm(desc="ais", disable=not progress, unit=" temperatures") as bar:

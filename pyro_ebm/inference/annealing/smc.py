@@ -12,6 +12,7 @@ import torch
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from pyro_ebm.arrays import as_tensors
 from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import report
 from pyro_ebm.estimates import Estimate, importance_estimate
@@ -134,7 +135,7 @@ class SMC:
             InferenceWarning: when islands disagree or particles hardly moved.
         """
         began = time.perf_counter()
-        path = path_to(self.kernel, args, kwargs, guide=self.guide, base=self.base)
+        path = path_to(self.kernel, as_tensors(args), as_tensors(kwargs), guide=self.guide, base=self.base)
         seed = random_seed(self.seed, self.generator)
         base_seed, generator = streams(seed, self.generator, path.target.like.device)
         with path.quiet(), tqdm(desc="smc", disable=not self.progress, unit=" temperatures") as bar:

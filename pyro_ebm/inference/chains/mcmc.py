@@ -12,6 +12,7 @@ from pyro.infer.mcmc.util import print_summary
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.arrays import as_tensors
 from pyro_ebm.chain_statistics import ess_bulk, r_hat
 from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.chains.loop import Chains
@@ -125,7 +126,7 @@ class MCMC:
         Warns:
             InferenceWarning: when the draws cannot be trusted.
         """
-        return self.run_with(self._fixed_number, args, kwargs)
+        return self.run_with(self._fixed_number, as_tensors(args), as_tensors(kwargs))
 
     def _fixed_number(self, chains: Chains) -> dict[str, Any]:
         chains.extend(self.num_samples, thin=self.thin)

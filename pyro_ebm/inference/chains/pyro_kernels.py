@@ -21,6 +21,7 @@ from pyro_ebm.devices import one_thread
 from pyro_ebm.inference.chains.report import report_chains
 from pyro_ebm.inference.chains.starting_points import StartingPoints
 from pyro_ebm.inference.draws import Draws, Source
+from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import frozen
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace
@@ -31,6 +32,7 @@ __all__ = ["pyro_hmc", "pyro_nuts"]
 _LEAST_DRAWS = 4  # with fewer there is no R-hat
 
 
+@passes_keywords()
 def pyro_nuts(
     model: Callable[..., Any],
     *args: Any,
@@ -48,6 +50,7 @@ def pyro_nuts(
     progress: bool = True,
     strict: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Draws:
     """The no-U-turn sampler of Pyro; chains run one after another in this process.
 
@@ -72,7 +75,8 @@ def pyro_nuts(
             (``notes["stopped"]`` says so). A warm-up is not cut short, and each chain makes four draws at least.
         progress: show a progress bar.
         strict: raise instead of warn when the draws cannot be trusted.
-        model_kwargs: keyword arguments of the model.
+        model_kwargs: the model's keyword arguments, whatever their names.
+        **kwargs: the same, where no option has their name.
 
     Returns:
         Draws with stats ``lp``, ``diverging``, ``acceptance_rate``, ``step_size``, ``n_steps``, ``tree_depth``.
@@ -94,6 +98,7 @@ def pyro_nuts(
     return run(model, args, dict(model_kwargs or {}), init=init, guide=guide, jit_compile=jit_compile)
 
 
+@passes_keywords()
 def pyro_hmc(
     model: Callable[..., Any],
     *args: Any,
@@ -111,6 +116,7 @@ def pyro_hmc(
     progress: bool = True,
     strict: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Draws:
     """Hamiltonian Monte Carlo of Pyro, with trajectories of fixed length.
 

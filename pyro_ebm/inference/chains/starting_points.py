@@ -76,7 +76,7 @@ class StartingPoints:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InferenceWarning)  # only starting points: chains do the rest
             try:
-                pool = importance(self.model, guide, *self.args, num_samples=_POOL, **self.kwargs)
+                pool = importance(self.model, guide, *self.args, num_samples=_POOL, model_kwargs=self.kwargs)
                 values = pool.resample(self.num_chains)
             except DoesNotBroadcast:
                 return None

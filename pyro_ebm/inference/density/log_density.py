@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.density.model_target import ModelTarget
+from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.tilts.distribution import TiltedDistribution
 from pyro_ebm.tilts.tilt import tilt
 
@@ -112,12 +113,14 @@ class LogDensity:
         return cls.from_model(model)
 
     @classmethod
+    @passes_keywords()
     def from_model(
         cls,
         model: Callable[..., Any],
         *args: Any,
         independent: str | None = None,
         vectorize: str = "auto",
+        model_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogDensity:
         """The joint density of a Pyro model's latent sites given its observed ones.
@@ -136,14 +139,15 @@ class LogDensity:
                 one chain, under ``torch.vmap`` (no Python branches on values, no in-place changes of them);
                 ``"auto"``: the first of the two that gives what each chain gives alone. ``density.target.vectorize``
                 says which it was.
-            **kwargs: the model's keyword arguments.
+            model_kwargs: the model's keyword arguments, whatever their names.
+            **kwargs: the same, where no option has their name.
 
         Raises:
             DoesNotBroadcast: a model that none of these ways can run for many chains.
             ValueError: no latent sites, a discrete one, a subsampled plate, an ``independent`` plate that does not
                 hold every latent site.
         """
-        target = ModelTarget(model, args, kwargs, independent=independent, vectorize=vectorize)
+        target = ModelTarget(model, args, dict(model_kwargs or {}), independent=independent, vectorize=vectorize)
         target.choose_way()
         return cls._of(target)
 

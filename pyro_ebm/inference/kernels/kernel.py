@@ -127,7 +127,7 @@ class Kernel(ABC):
                 raise ValueError("independent= belongs to a model: use LogDensity.from_model(model, independent=...)")
             return self.target if isinstance(self.target, LogDensity) else LogDensity.from_distribution(self.target)
         return LogDensity.from_model(
-            self.target, *args, independent=self.independent, vectorize=self.vectorize, **kwargs
+            self.target, *args, independent=self.independent, vectorize=self.vectorize, model_kwargs=kwargs
         )
 
     def initial_step_size(self, dim: int) -> float:
