@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ebm import Draws, Estimate, FitResult, LinearEnergy, MLPEnergy, tilt
+from pyro_ebm import VAE, Draws, Estimate, FitResult, LinearEnergy, MLPEnergy, fit, fit_tilt, tilt
 from pyro_ebm.display import number, table
 from pyro_ebm.inference.importance import LogLikelihood
 
@@ -138,3 +138,35 @@ def test_log_likelihood():
     assert found.rows[1] == ["log p(x), nats", "-6", "-2", "-1"]
     assert "mean -3 ± 0.1732 nats" in found.text
     assert repr(result) == repr(pickle.loads(pickle.dumps(result)))
+
+
+def train_vae():
+    vae = VAE((2,), latent_dim=1, hidden=(2,))
+    return fit(vae.model, vae.guide, torch.rand(4, 2), epochs=1, validation=None, seed=0)
+
+
+def train_tilt():
+    vae = VAE((2,), latent_dim=1, hidden=(2,))
+    tilted = tilt(vae.model, {"z": MLPEnergy((1,), hidden=(2,))})
+    return fit_tilt(tilted, vae.guide, torch.rand(16, 2), epochs=1, validation=None, seed=0)
+
+
+def train_function():
+    weight = torch.nn.Linear(1, 1)
+
+    def regression(x):
+        return weight(x)
+
+    def nothing(x):
+        pass
+
+    def loss(model, guide, x):
+        return model(x).square().sum()
+
+    return fit(regression, nothing, torch.rand(4, 1), objective=loss, train=weight, epochs=1, validation=None, seed=0)
+
+
+@pytest.mark.parametrize(("job", "name"), [(train_vae, "vae"), (train_tilt, "tilt"), (train_function, "regression")])
+def test_bars_are_named_by_what_they_do(job, name, capsys):
+    job()
+    assert capsys.readouterr().err.lstrip("\r").startswith(f"{name}:")

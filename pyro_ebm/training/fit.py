@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from pyro_ebm.checks import whole_number
 from pyro_ebm.display import number, table
 from pyro_ebm.errors import CheckpointError, TrainingWarning, warn_user
-from pyro_ebm.modules import evaluation_mode, modules_of
+from pyro_ebm.modules import evaluation_mode, modules_of, name_of
 from pyro_ebm.randomness import forked_rng
+from pyro_ebm.structure import tilt_of
 from pyro_ebm.training.checkpoints import load_weights, read, require_writable, save_weights
 from pyro_ebm.training.data import checked_data, checked_validation, split_data
 from pyro_ebm.training.guard import TrainingStopped
@@ -175,7 +176,8 @@ def fit(
             )  # fmt: skip
             if saved:
                 run.load(saved, str(checkpoint))
-            stopped, trouble = _loop(run, epochs, patience, checkpoint, checkpoint_every, progress)
+            bar = _bar(epochs, run.progress.epoch, _bar_name(model) if progress else None)
+            stopped, trouble = _loop(run, epochs, patience, checkpoint, checkpoint_every, bar)
     if trouble:
         warn_user(trouble, TrainingWarning)
     past = run.progress
@@ -185,13 +187,13 @@ def fit(
 
 
 def _loop(
-    run: Run, epochs: int, patience: int | None, path: str | Path | None, every: int, progress: bool
+    run: Run, epochs: int, patience: int | None, path: str | Path | None, every: int, bar: Any
 ) -> tuple[str, str | None]:
     """Run the epochs; return why they ended and, where that was no regular end, what to tell."""
     past, started, seconds_before = run.progress, time.perf_counter(), run.progress.seconds
     exhausted = False
     try:
-        with _bar(epochs, past.epoch, progress) as bar:
+        with bar:
             run.keep(path is not None)
             while past.epoch < epochs and not (exhausted := _exhausted(run, patience)):
                 run.one_epoch()
@@ -225,10 +227,18 @@ def _exhausted(run: Run, patience: int | None) -> bool:
     return patience is not None and past.epoch - past.best_epoch >= patience and not run.guard.doubtful
 
 
-def _bar(epochs: int, done: int, progress: bool) -> Any:
+def _bar(epochs: int, done: int, name: str | None) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=epochs, initial=done, disable=not progress, desc="fit", unit="epoch")
+    return tqdm(total=epochs, initial=done, disable=name is None, desc=name, unit="epoch")
+
+
+def _bar_name(model: Callable[..., Any]) -> str:
+    """What is trained, in a word: ``tilt``, ``vae`` of ``vae.model``, the name of a function."""
+    if tilt_of(model) is not None:
+        return "tilt"
+    name = name_of(model)
+    return name.rpartition(".")[0].lower() or name.strip("<>")
 
 
 def _saved_run(checkpoint: str | Path | None, resume: bool) -> dict[str, Any] | None:
