@@ -36,7 +36,7 @@ def plot_label_histograms(
         sizes = {name: int(values.size) for name, values in sets.items()}
         raise ValueError(f"labels must hold at least one set with at least one label each, got sizes {sizes}")
     order = np.unique(np.concatenate(list(sets.values()))) if classes is None else _array(classes)
-    ax = axes_or_new(ax, (6.4, 3.6))
+    ax = axes_or_new(ax, (6.0, 3.6))
     width = 0.8 / len(sets)
     tones = np.linspace(0.75, 0.25, len(sets)).astype(str)  # grays: colors are the samplers'
     for i, (name, values) in enumerate(sets.items()):
@@ -79,7 +79,7 @@ def plot_class_balance(
                 f"expected {classes}"
             )
     wanted = _target(target, len(classes))
-    ax = axes_or_new(ax, (max(7.8, 4.0 + 0.13 * len(classes) * len(balances)), 4.0))
+    ax = axes_or_new(ax, (min(max(6.6, 2.0 + 0.14 * len(classes) * len(balances)), 10.0), 4.4))
     step, look = 0.72 / len(balances), looks(balances)
     for edge in range(1, len(wanted)):
         ax.axvline(edge - 0.5, color=MUTED, alpha=0.4, linewidth=0.6)
@@ -98,7 +98,7 @@ def plot_class_balance(
     _label_classes(ax, np.array(classes))
     ax.set_xlim(-0.5, len(wanted) - 0.5)
     ax.set_ylabel(f"proportion of images, {100 * float(first.prob):g} % interval")
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)
     return _headroom(ax)
 
 

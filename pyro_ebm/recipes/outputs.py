@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from pyro_ebm import plots
 from pyro_ebm.diagnostics.arviz_bridge import save_arviz, to_arviz
 from pyro_ebm.files import write_whole
-from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.debias_config import METHODS
+from pyro_ebm.recipes.debias_figures import write_figures
+from pyro_ebm.recipes.debias_report import debias_report
 from pyro_ebm.recipes.report import write_report
 from pyro_ebm.training.fit import save_weights
 
@@ -64,21 +61,8 @@ def write_results(result: DebiasResult, folder: Path) -> None:
     best.replace(folder / "draws.nc")
     save_weights(result.vae, folder / "vae.pt")
     save_weights(result.energy, folder / "energy.pt")
-    figures = _write_figures(result, folder / "figures")
-    write_report(
-        folder / "report.html",
-        title=f"Debiasing a VAE of {result.config.data} by a latent tilt",
-        summary=result.summary,
-        comparison=_labeled(result.comparison),
-        balance_table=balance_table(result),
-        figures=figures,
-    )
-
-
-def _labeled(comparison: pd.DataFrame) -> pd.DataFrame:
-    """The comparison with "target: method" as the name of each row."""
-    names = comparison["target"] + ": " + comparison["method"]
-    return comparison.drop(columns=["target", "method"]).set_axis(names)
+    figures = write_figures(result, folder / "figures")
+    write_report(folder / "report.html", debias_report(result, figures, folder))
 
 
 def _jsonable(value: Any) -> Any:
@@ -96,82 +80,3 @@ def _remove_leftovers(folder: Path) -> None:
     optional = [folder / "figures" / f"{name}.png" for name in ("latent_scatter", "overlay", "energy_landscape")]
     for path in [*optional, *(folder / f"draws_{method}.nc" for method in METHODS)]:
         path.unlink(missing_ok=True)
-
-
-def _write_figures(result: DebiasResult, folder: Path) -> list[tuple[str, Path]]:
-    """Every figure as (caption, file)."""
-    split, vae = result.split, result.vae
-    with forked_rng(result.config.seed), torch.no_grad():
-        prior_z = vae.prior.sample((1500,))
-        generator = torch.Generator().manual_seed(result.config.seed)
-        tilted_z = result.prior_draws[result.best_method].resample(1500, generator=generator)["z"]
-        encoded = vae.encode(split.biased.images[:3000]).mean
-        decoded = {name: vae.decode(z[:64]).mean for name, z in (("prior", prior_z), ("tilted", tilted_z))}
-    figures: dict[str, tuple[str, Callable[[], Any]]] = {
-        "label_histograms": (
-            "Classes in the biased training set and in the balanced reference set.",
-            lambda: plots.plot_label_histograms(
-                {"biased": split.biased.labels, "reference": split.reference.labels}, split.classes
-            ),
-        ),
-        "class_balance": (
-            "Classes of decoded draws before the tilt (prior) and after it, by sampler, with 95 % intervals.",
-            lambda: plots.plot_class_balance(
-                {name: b for name, b in result.balances.items() if name != "biased_data"}
-            ),
-        ),
-        "prior_samples": (
-            "Decoded draws of the untilted prior.",
-            lambda: plots.plot_images(decoded["prior"], title="decoded prior draws"),
-        ),
-        "tilted_samples": (
-            f"Decoded draws of the tilted prior ({result.best_method}).",
-            lambda: plots.plot_images(decoded["tilted"], title="decoded tilted draws"),
-        ),
-        "training": (
-            "Training and validation loss of the VAE (per image).",
-            lambda: plots.plot_training_curves(result.fits["vae"]),
-        ),
-        "tilt_training": (
-            "Training and validation loss of the tilt: minus the log likelihood gained per image.",
-            lambda: plots.plot_training_curves(result.fits["tilt"]),
-        ),
-        "comparison_prior": (
-            "Samplers of the tilted prior compared.",
-            lambda: plots.plot_compare(result.prior_draws, reference=result.references.get("prior")),
-        ),
-        "comparison_posterior": (
-            "Samplers of the tilted posterior of one test image compared.",
-            lambda: plots.plot_compare(
-                result.posterior_draws, reference=result.references.get("posterior")
-            ),
-        ),
-    }
-    if result.config.latent_dim >= 2:
-        figures["latent_scatter"] = (
-            "Encodings of the biased training images by class.",
-            lambda: plots.plot_latent_scatter(encoded, split.biased.labels[:3000]),
-        )
-        figures["overlay"] = (
-            "Encodings, prior draws and tilted draws.",
-            lambda: plots.plot_latent_overlay(encoded, prior_z, tilted_z),
-        )
-    if result.config.latent_dim == 2:
-        figures["energy_landscape"] = (
-            "Log density of the tilted prior, -E + log p, with draws.",
-            lambda: plots.plot_energy_landscape(result.energy, vae.prior, tilted_z[:400]),
-        )
-    return [(caption, _save(draw, folder / f"{name}.png")) for name, (caption, draw) in figures.items()]
-
-
-def _save(draw: Callable[[], Any], path: Path) -> Path:
-    """Draw without showing a window or an output, and write it."""
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    # Not rc_context({"backend": ...}): it leaves the backend changed.
-    with plt.ioff():
-        figure = np.ravel(draw())[0].figure
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,8 +156,19 @@ def summarized(
         },
         "test_log_likelihood": {name: float(found.value.mean()) for name, found in likelihoods.items()},
         "test_log_likelihood_se": {name: float(found.se.mean()) for name, found in likelihoods.items()},
+        "log_likelihood_gain": {
+            name: gain_over(found, likelihoods["base"]) for name, found in likelihoods.items() if name != "base"
+        },
         "settings": settings,
     }
+
+
+def gain_over(found: LogLikelihood, base: LogLikelihood) -> dict[str, float]:
+    """Mean log likelihood gained for each of the same images, and its standard error: over images, and by log Z."""
+    gained = (found.value - base.value).double()
+    # The Monte Carlo error of each image is part of the spread over images; that of log Z is common to all.
+    variance = float(gained.var()) / len(gained) + float((found.log_z_se - base.log_z_se).double().mean()) ** 2
+    return {"value": float(gained.mean()), "se": math.sqrt(variance)}
 
 
 def _balance_numbers(balances: Mapping[str, ClassBalance]) -> dict[str, dict[str, Any]]:

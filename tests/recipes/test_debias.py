@@ -90,6 +90,9 @@ def test_the_summary_has_every_number(job):
     for row in summary["mcmc"].values():
         assert row.keys() == {"r_hat", "ess_bulk", "divergences", "seconds"} and None not in row.values()
     assert summary["test_log_likelihood"].keys() == {"base", "tilted"}
+    gained = summary["log_likelihood_gain"]["tilted"]
+    found = summary["test_log_likelihood"]
+    assert gained["value"] == pytest.approx(found["tilted"] - found["base"], abs=1e-4) and 0 < gained["se"] < 1
     assert {"vae", "tilt", "sampling", "total"} <= summary["seconds"].keys()
     assert summary["settings"]["proportions"] == [0.12, 0.33, 0.28, 0.2, 0.07]
 
@@ -171,8 +174,12 @@ def test_the_report_needs_nothing_else(job):
     assert len(sources) == len(FIGURES) + 3
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "<script" not in text.lower() and "@import" not in text and "url(" not in text
-    for word in ("tilted prior", "biased_data", "verdict", *METHODS):
+    for word in ("tilted prior", "biased training images", "verdict", *METHODS):
         assert word in text, word
+    alts = re.findall(r'<img alt="([^"]*)"', text)
+    assert len({*alts}) == len(sources) and min(map(len, alts)) > 60
+    classes = sum(int(n) for n in re.findall(r"(\d+) times \d", alts[1]))
+    assert "the classifier sees" in alts[1] and classes == 64
     assert not re.search(r">\s*nan\s*<", text, flags=re.IGNORECASE)
 
 
