@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.chain_statistics import ess_bulk, r_hat
+from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, pareto_k_limit
 
 __all__ = [
     "describe_draws",
@@ -35,7 +36,9 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     value = float(value)
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:#.4g}"  # with its last zeros: columns align
 
 
 def table(
@@ -57,7 +60,8 @@ def table(
     line = " · ".join([f"<strong>{html.escape(title)}</strong>", *map(html.escape, facts)])
     body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
     head = f'<thead><tr style="border-bottom:{_LINE}">{_cells("th", header)}</tr></thead>' if header else ""
-    grid = f'<table style="border-collapse:collapse;margin:.4em 0">{head}<tbody>{body}</tbody></table>' if body else ""
+    style = "border-collapse:collapse;margin:.4em 0;color:inherit;font:inherit"
+    grid = f'<table style="{style}">{head}<tbody>{body}</tbody></table>' if body else ""
     below = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
     return f'<div style="line-height:1.5"><div>{line}</div>{grid}{below}</div>'
 
@@ -85,9 +89,12 @@ def draws_as_html(draws: Any) -> str:
     chains = draws.log_weights is None and few and draws.num_chains * draws.num_draws <= _MAX_DRAWS
     header = ["site", *([] if few else ["shape"]), "mean", "sd", *(["ESS", "R-hat"] if chains else [])]
     rows: list[list[str]] = []
-    for site in draws.values:
-        rows += _component_rows(draws, site, chains) if few else [_site_row(draws, site)]
-    return table("Draws", _facts(draws), header, rows, _notes(draws))
+    worst = 0.0
+    for site, value in draws.values.items():
+        of_chains = [ess_bulk(value).ravel(), r_hat(value).ravel()] if chains else []
+        rows += _component_rows(draws, site, of_chains) if few else [_site_row(draws, site)]
+        worst = max([worst, *(float(hat) for hats in of_chains[1:] for hat in hats if not math.isnan(hat))])
+    return table("Draws", _facts(draws), header, rows, _notes(draws, worst))
 
 
 def describe_log_likelihood(found: Any) -> str:
@@ -107,12 +114,14 @@ def log_likelihood_as_html(found: Any) -> str:
     return table("LogLikelihood", facts, ["of the data", "least", "median", "most"], rows)
 
 
-def _component_rows(draws: Any, site: str, chains: bool) -> list[list[str]]:
+def _component_rows(draws: Any, site: str, of_chains: Sequence[Any]) -> list[list[str]]:
     names = draws.component_names(site)
-    columns = [draws.mean(site).flatten(), draws.std(site).flatten()]
-    if chains:
-        columns += [ess_bulk(draws.values[site]).ravel(), r_hat(draws.values[site]).ravel()]
-    return [[name, *(number(float(x)) for x in row)] for name, *row in zip(names, *columns, strict=True)]
+    columns = [draws.mean(site).flatten(), draws.std(site).flatten(), *of_chains]
+    formats = (number, number, "{:,.0f}".format, "{:.3f}".format)
+    return [
+        [name, *("–" if math.isnan(x) else shown(float(x)) for shown, x in zip(formats, row, strict=False))]
+        for name, *row in zip(names, *columns, strict=True)
+    ]
 
 
 def _site_row(draws: Any, site: str) -> list[str]:
@@ -135,13 +144,17 @@ def _facts(draws: Any) -> list[str]:
     if draws.log_z is not None and getattr(draws.log_z.value, "numel", lambda: 1)() == 1:
         facts.append(f"log Z {number(float(draws.log_z.value))} ± {number(float(draws.log_z.se))}")
     if math.isfinite(draws.seconds):
-        facts.append(f"{number(draws.seconds)} s")
+        facts.append(f"{draws.seconds:.3g} s")
     return facts
 
 
-def _notes(draws: Any) -> list[str]:
+def _notes(draws: Any, worst_r_hat: float) -> list[str]:
     """What a person should know before they trust the numbers."""
     notes = []
+    if worst_r_hat > R_HAT_OF_DISAGREEMENT:
+        notes.append(f"chains disagree: R-hat up to {worst_r_hat:.2f}, above {R_HAT_OF_DISAGREEMENT}")
+    if draws.pareto_k is not None and not draws.pareto_k <= (limit := pareto_k_limit(draws.log_weights.numel())):
+        notes.append(f"the weights are not reliable: Pareto k above {limit:.2g}")
     divergences = int(draws.stats["diverging"].sum()) if "diverging" in draws.stats else 0
     if divergences:
         notes.append(f"{divergences:,} of {draws.stats['diverging'].numel():,} transitions diverged")

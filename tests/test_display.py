@@ -59,17 +59,27 @@ def test_draws_of_chains():
     mean, sd, ess, hat = map(float, found.rows[1][1:])
     assert mean == pytest.approx(float(draws.mean("mu")), rel=1e-3) and sd == pytest.approx(1, abs=0.1)
     assert 400 < ess < 1200 and hat == pytest.approx(1, abs=0.02)
-    assert "4 chains × 200 draws" in found.text and "12.34 s" in found.text
+    assert "4 chains × 200 draws" in found.text and "12.3 s" in found.text
     assert "3 of 800 transitions diverged" in found.text and "interrupted" in found.text
+
+
+def test_what_is_wrong_is_noted():
+    apart = Draws({"z": torch.randn(4, 100) + 3 * torch.arange(4.0)[:, None]}, "chees")
+    assert "chains disagree: R-hat up to" in read(apart).text
+    assert "disagree" not in read(chains()).text
+    logs = torch.zeros(1, 200).log_softmax(-1)
+    for k, wrong in ((0.4, False), (0.6, True), (float("nan"), True)):  # 200 draws: at most .57
+        found = read(Draws({"z": torch.zeros(1, 200)}, "snis", log_weights=logs, pareto_k=k))
+        assert ("not reliable: Pareto k above 0.57" in found.text) == wrong
 
 
 def test_weighted_draws_have_no_r_hat():
     weights = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
     log_z = Estimate(torch.tensor(-1.5), torch.tensor(0.25))
-    draws = Draws({"z": torch.arange(4.0)[None]}, "snis", log_weights=weights, pareto_k=0.41, log_z=log_z)
+    draws = Draws({"z": torch.arange(4.0)[None]}, "snis", log_weights=weights, pareto_k=0.0, log_z=log_z)
     found = read(draws)
-    assert found.rows == [["site", "mean", "sd"], ["z", "0.5", "0.5"]]
-    for fact in ("worth 2 draws", "Pareto k 0.41", "log Z -1.5 ± 0.25"):
+    assert found.rows == [["site", "mean", "sd"], ["z", "0.5000", "0.5000"]]
+    for fact in ("worth 2 draws", "Pareto k 0.00", "log Z -1.500 ± 0.2500"):
         assert fact in found.text
 
 
@@ -77,8 +87,8 @@ def test_large_sites_take_one_row_each():
     draws = Draws({"image": torch.ones(1, 2, 28, 28), "w": torch.arange(8.0).reshape(1, 2, 4)}, "nuts")
     assert read(draws).rows == [
         ["site", "shape", "mean", "sd"],
-        ["image", "28 × 28", "1", "0"],
-        ["w", "4", "2 to 5", "2"],
+        ["image", "28 × 28", "1.000", "0"],
+        ["w", "4", "2.000 to 5.000", "2.000"],
     ]
 
 
@@ -103,7 +113,7 @@ def model():
 
 @pytest.mark.parametrize(
     ("normalize", "text"),
-    [(True, "estimated at each call (importance, 1,024 draws)"), (False, "left out"), (1.25, "1.25")],
+    [(True, "estimated at each call (importance, 1,024 draws)"), (False, "left out"), (1.25, "1.250")],
 )
 def test_tilted_model(normalize, text):
     tilted = tilt(model, {"z": LinearEnergy([1.0, 0.0])}, normalize=normalize)
@@ -123,7 +133,7 @@ def test_fit_result():
     result = FitResult([3.0, 2.0, 1.5], [3.5, 2.5, 2.75], 2, 3, "early stopping", 1.5, 7)
     assert "train_loss" not in repr(result) and "best_epoch=2" in repr(result)
     found = read(result)
-    assert found.rows[1:] == [["training", "3", "2", "1.5"], ["validation", "3.5", "2.5", "2.75"]]
+    assert found.rows[1:] == [["training", "3.000", "2.000", "1.500"], ["validation", "3.500", "2.500", "2.750"]]
     assert "early stopping" in found.text and "epoch 2" in found.text
     untrained = FitResult([], [], 0, 0, "interrupted", 0.1, 7)
     assert read(untrained).rows[1:] == [["training", "–", "–", "–"]]
@@ -135,8 +145,8 @@ def test_log_likelihood():
     result = LogLikelihood(value, se, torch.tensor([0.1, 0.2, 0.9]), torch.full((3,), 50.0), torch.zeros(3))
     assert repr(result) == "LogLikelihood(3 data: mean -3.0000 +- 0.1732 nats, Pareto k up to 0.90)"
     found = read(result)
-    assert found.rows[1] == ["log p(x), nats", "-6", "-2", "-1"]
-    assert "mean -3 ± 0.1732 nats" in found.text
+    assert found.rows[1] == ["log p(x), nats", "-6.000", "-2.000", "-1.000"]
+    assert "mean -3.000 ± 0.1732 nats" in found.text
     assert repr(result) == repr(pickle.loads(pickle.dumps(result)))
 
 

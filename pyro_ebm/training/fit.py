@@ -64,7 +64,7 @@ class FitResult:
         rows = [["training", *_shown_losses(self.train_loss, self.best_epoch)]]
         if self.validation_loss:
             rows.append(["validation", *_shown_losses(self.validation_loss, self.best_epoch)])
-        seconds = f"{number(self.seconds)} s"
+        seconds = f"{self.seconds:.3g} s"
         facts = [f"{self.epochs:,} epochs", f"stopped: {self.stopped}", seconds, f"seed {self.seed}"]
         kept = f"the weights kept are those of epoch {self.best_epoch:,}" if self.best_epoch else "no epoch was better"
         return table("FitResult", facts, ["loss per datum", "first", "kept", "last"], rows, [kept])
