@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -25,15 +24,16 @@ from pyro_ebm.keywords import model_arguments, passes_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.structure import (
-    event_dim_of,
-    keep_dims,
+    BatchedModel,
+    Layout,
     latent_sites,
     observed_sites,
-    padded_shape,
-    plate_depth,
     prototype_trace,
+    scaled_log_prob,
+    tilted_call,
+    untilted,
 )
-from pyro_ebm.tilts.tilt import TiltedModel, tilt
+from pyro_ebm.tilts.tilt import tilt
 
 __all__ = ["calibrate"]
 
@@ -68,7 +68,7 @@ def calibrate(
     ignores the data, which no latent site alone does. Without data the sampler of the prior is tested.
 
     Args:
-        model: a Pyro model that broadcasts over an outer plate; tilted or not.
+        model: any Pyro model, tilted or not; quickest where it broadcasts over an outer plate.
         *args: its arguments. Values of observed sites among them give the shapes only: they are simulated.
         sampler: called as ``sampler(conditioned_model, *args, seed=..., **kwargs)``, for example
             ``functools.partial(sample, method="nuts", progress=False)``; with ``model_kwargs=kwargs`` where the
@@ -244,7 +244,7 @@ class _Study:
         quantities: Mapping[str, Quantity],
     ) -> None:
         self.model, self.sampler, self.call, self.quantities = model, sampler, call, quantities
-        self.base = model.base_model if isinstance(model, TiltedModel) else model
+        self.base, self.tilted = untilted(model), tilted_call(model)
         trace = prototype_trace(self.base, *call)
         self.given = observed_sites(trace)
         random = [*latent_sites(trace), *self.given]
@@ -255,18 +255,13 @@ class _Study:
         self.latent = [name for name in random if name not in self.data]
         if not self.latent:
             raise ValueError("the model has no latent sample sites: there is nothing to rank")
-        self.depth = plate_depth(trace)
-        self.padded = {
-            name: padded_shape(node["value"].shape, event_dim_of(node), self.depth)
-            for name, node in trace.nodes.items()
-            if name in random
-        }
+        self.likelihood = BatchedModel(self.base, *call, layout=Layout.of(trace), returned=())
         self.names: list[str] = []
 
     def truths(self, num: int, seed: int) -> Iterator[dict[str, Tensor]]:
         """``num`` draws of the joint prior predictive, one after the other."""
         args, kwargs = self.call
-        size = _BLOCK if isinstance(self.model, TiltedModel) else num
+        size = num if self.tilted is None else _BLOCK
         for start in range(0, num, size):
             stream = fingerprint((), seed, "truth", start)
             many = predictive(self.model, *args, num_samples=min(size, num - start), seed=stream, model_kwargs=kwargs)
@@ -314,9 +309,9 @@ class _Study:
         if not data:
             return self.model
         conditioned = poutine.condition(self.base, data=data)
-        if not isinstance(self.model, TiltedModel):
+        if self.tilted is None:
             return conditioned
-        return tilt(conditioned, self.model.energies, normalize=False)  # log Z does not depend on the data
+        return tilt(conditioned, self.tilted.tilted.energies, normalize=False)  # log Z does not depend on the data
 
     def _simulated(self, leaf: Any, data: Mapping[str, Tensor]) -> Any:
         """The simulated data in place of an argument that the model observes: a guide reads the argument."""
@@ -350,15 +345,11 @@ class _Study:
     @torch.no_grad()
     def _log_likelihood(self, values: dict[str, Tensor]) -> Tensor:
         """Log density of the data given each draw, (draw,)."""
-        count = len(next(iter(values.values())))
-        data = {name: value.reshape(count, *self.padded[name]) for name, value in values.items()}
-        args, kwargs = self.call
-        with evaluation_mode(self.base), pyro.validation_enabled(False):
-            with pyro.plate("_draws", count, dim=-self.depth - 1):
-                trace = poutine.trace(poutine.condition(self.base, data=data)).get_trace(*args, **kwargs)
-            trace.compute_log_prob(lambda name, site: name in self.data)
-        logs = [keep_dims(trace.nodes[name]["log_prob"], (-self.depth - 1,)) for name in self.data]
-        return torch.stack([each.expand(count) for each in logs]).sum(0)
+        with evaluation_mode(self.base):
+            return self.likelihood.run(values, measure=self._log_prob_of_data).total
+
+    def _log_prob_of_data(self, name: str, site: Mapping[str, Any]) -> Tensor | None:
+        return scaled_log_prob(site) if name in self.data else None
 
 
 def _independent_draws(

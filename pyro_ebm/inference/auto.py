@@ -48,32 +48,31 @@ def auto(
     progress: bool = True,
     strict: bool = False,
     independent: str | None = None,
-    vectorize: str = "plate",
+    vectorize: str = "auto",
     compile: bool = False,
 ) -> Draws:
     """Importance sampling if its Pareto k is below 0.5 and it reaches the ESS; else SMC, whose particles start ChEES.
 
     ``notes["auto"]`` lists what was tried and why it was kept or not. A model with discrete latent sites, or
-    one that cannot be vectorized, goes to Pyro's NUTS. Importance sampling may take a quarter of the time
-    allowed, SMC about half of what is left; the warm-up of chains is not cut short, and NUTS not at all.
+    one that neither an outer plate nor vmap serves, goes to Pyro's NUTS. Importance sampling may take a quarter of the
+    time allowed, SMC about half of what is left; the warm-up of chains is not cut short, and NUTS not at all.
     """
     steps: list[str] = []
     seed = random_seed(seed, None)
-    if independent is None and vectorize == "plate":
+    if independent is None:
         share = replace(target, max_seconds=target.max_seconds / 4, max_k=_MAX_K)
         if target.max_draws is not None:
             share = replace(share, max_draws=target.max_draws * (num_chains or _CHAINS))
-        draws = _try_importance(steps, model, guide, share, args, kwargs, seed=seed, began=began)
+        options: dict[str, Any] = {"seed": seed, "began": began, "vectorize": vectorize}
+        draws = _try_importance(steps, model, guide, share, args, kwargs, **options)
         if draws is not None:
             return _with_steps(draws, steps)
-    elif independent is not None:
-        steps.append(f"snis: not tried (one set of weights cannot serve all of independent={independent!r})")
     else:
-        steps.append(f"snis: not tried (it needs a model that broadcasts, not vectorize={vectorize!r})")
+        steps.append(f"snis: not tried (one set of weights cannot serve all of independent={independent!r})")
     try:
         density = LogDensity.from_model(model, *args, independent=independent, vectorize=vectorize, model_kwargs=kwargs)
     except ValueError as error:
-        if independent is not None or vectorize != "plate":
+        if independent is not None or vectorize != "auto":
             raise
         steps.append(f"batched chains: not possible ({error}); Pyro's NUTS instead, whatever time it takes")
         draws = pyro_nuts(
@@ -130,14 +129,12 @@ def _try_importance(
     target: Target,
     args: Any,
     kwargs: Any,
-    *,
-    seed: int,
-    began: float,
+    **options: Any,
 ) -> Draws | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InferenceWarning)  # judged here
         try:
-            draws = importance_until(model, guide, target, args, kwargs, seed=seed, began=began)
+            draws = importance_until(model, guide, target, args, kwargs, **options)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             steps.append(f"snis: not possible ({type(error).__name__}: {str(error).splitlines()[0]})")
             return None

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
@@ -19,22 +16,12 @@ from pyro_ebm.display import describe_log_likelihood, log_likelihood_as_html
 from pyro_ebm.errors import report
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.draws import Draws, Source
+from pyro_ebm.inference.importance_sampler import ImportanceSampler
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import evaluation_mode
-from pyro_ebm.randomness import forked_rng, random_stream
-from pyro_ebm.structure import (
-    DoesNotBroadcast,
-    Failure,
-    is_observed,
-    keep_dims,
-    latent_sites,
-    observed_sites,
-    padded_shape,
-    plate_depth,
-    prototype_trace,
-)
+from pyro_ebm.randomness import random_stream
+from pyro_ebm.structure import Layout, TiltedCall, tilted_call
 from pyro_ebm.thresholds import pareto_k_limit
-from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws"]
 
@@ -78,6 +65,7 @@ def importance(
     num_samples: int = 10_000,
     seed: int | None = None,
     strict: bool = False,
+    vectorize: str = "auto",
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Draws:
@@ -87,12 +75,14 @@ def importance(
     ``log int exp(-E) p(z, x) dz``: for an unconditioned model log Z itself.
 
     Args:
-        model: a Pyro model that broadcasts over an outer plate and has static structure.
+        model: a Pyro model that has the same sites in each run.
         guide: proposes every latent site; ``None`` proposes from the model's own (untilted) prior.
         *args: arguments of model and guide.
         num_samples: draws.
         seed: a number for the same draws twice; ``None`` uses the global generator.
         strict: raise instead of warn when the weights cannot be trusted.
+        vectorize: how model and guide are run for many draws: ``"plate"`` (an outer plate), ``"vmap"``, ``"loop"``,
+            or ``"auto"``, the first of them that gives what each draw gives alone. ``notes["vectorize"]`` says which.
         model_kwargs: keyword arguments of model and guide, whatever their names.
         **kwargs: the same, where no option has their name.
 
@@ -101,7 +91,8 @@ def importance(
         error, ``pareto_k`` and ``notes["ess"]``. Trust the weights up to k = 0.7 (less with few draws: 0.5 with 100).
 
     Raises:
-        ValueError: no latent sites, a guide that lacks one, or a model that does not broadcast.
+        DoesNotBroadcast: where the one way asked for does not serve the model.
+        ValueError: no latent sites, or a guide that lacks one.
         InferenceError: with ``strict``, where an :class:`InferenceWarning` would be given.
 
     Reference:
@@ -109,8 +100,8 @@ def importance(
     """
     whole_number("num_samples", num_samples, at_least=2)
     start = time.perf_counter()
-    sampler = _Importance(model, guide, args, dict(model_kwargs or {}))
-    sampler.check_broadcast()
+    sampler = ImportanceSampler(model, guide, args, dict(model_kwargs or {}), vectorize=vectorize)
+    sampler.choose_ways()
     with random_stream(seed), torch.no_grad():
         chunks = [sampler.draw(min(_CHUNK, num_samples - k)) for k in range(0, num_samples, _CHUNK)]
     log_weights = torch.cat([chunk[0] for chunk in chunks])
@@ -135,102 +126,9 @@ def importance(
             "ess": float(importance_ess(normalized)),
             "proposal": "prior" if guide is None else "guide",
             "num_samples": num_samples,
+            "vectorize": sampler.way,
         },
     )
-
-
-class _Importance:
-    """One model and guide pair, ready to draw from."""
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any] | None,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> None:
-        self.model = model.unnormalized() if isinstance(model, TiltedModel) else model
-        base = self.model.base_model if isinstance(self.model, TiltedModel) else self.model
-        self.guide = poutine.block(base, hide_fn=is_observed) if guide is None else guide
-        self.args, self.kwargs = args, kwargs
-        # The tilt changes no shapes: without it, a bad energy is seen in the weights and not here.
-        trace = prototype_trace(base, args, kwargs)
-        proposal = trace if guide is None else prototype_trace(guide, args, kwargs)
-        self.depth = plate_depth(trace)
-        self.shapes = {name: site["value"].shape for name, site in latent_sites(trace).items()}
-        self.event_dims = {name: len(site["fn"].event_shape) for name, site in latent_sites(trace).items()}
-        self.observed = observed_sites(trace)
-        plates = [site for site in trace.nodes.values() if "cond_indep_stack" in site]
-        self.subsampled = any(_subsampling_scale(site) != 1 for site in plates)
-        if not self.shapes:
-            raise ValueError("the model has no latent sample sites: nothing to sample")
-        proposed = latent_sites(proposal)
-        missing = [site for site in self.shapes if site not in proposed]
-        if missing:
-            raise ValueError(
-                f"guide does not propose the latent site(s) {missing} (it has {sorted(proposed)}); "
-                f"every latent site of the model needs a proposal"
-            )
-
-    @torch.no_grad()
-    def check_broadcast(self) -> None:
-        """Two draws at once must have the log densities that each has alone: a sum over all axes goes unnoticed."""
-        if self.subsampled:
-            return  # another part of the data each time
-        with forked_rng(0), evaluation_mode(self.model, self.guide), pyro.validation_enabled(False):
-            _, values, together = self.draw(2)
-            for row in range(2):
-                law = poutine.condition(self.model, data={site: value[row] for site, value in values.items()})
-                trace = poutine.trace(law).get_trace(*self.args, **self.kwargs)
-                trace.compute_log_prob()
-                alone = site_log_probs(trace, (-self.depth - 1,)).squeeze()
-                if not torch.allclose(together[row], alone, rtol=1e-3, atol=1e-3, equal_nan=True):
-                    reason = "it gives other log probabilities for two draws at once than for each alone"
-                    raise DoesNotBroadcast([Failure("plate", None, reason)], self.depth)
-
-    def traces(self, num_samples: int) -> tuple[Tensor, poutine.Trace, poutine.Trace]:
-        # Infinite and NaN weights are reported once, with their cause, and not by each site.
-        quiet = pyro.settings.context(
-            validate_distributions_pyro=False, validate_distributions_torch=False, validate_poutine=False
-        )
-        with evaluation_mode(self.model, self.guide), quiet:
-            return vectorized_importance_weights(
-                self.model,
-                self.guide,
-                *self.args,
-                num_samples=num_samples,
-                max_plate_nesting=self.depth,
-                normalized=False,
-                **self.kwargs,
-            )
-
-    def draw(self, num_samples: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Log weights (num_samples,), values by site, and the model's log density (num_samples,)."""
-        log_weights, model_trace, _ = self.traces(num_samples)
-        values = {}
-        for name, shape in self.shapes.items():
-            value = model_trace.nodes[name]["value"]
-            padded = padded_shape(shape, self.event_dims[name], self.depth)
-            values[name] = value.expand(num_samples, *padded).reshape(num_samples, *shape)
-        log_prob = site_log_probs(model_trace, (-self.depth - 1,))
-        return log_weights.reshape(num_samples), values, log_prob.expand(num_samples)
-
-
-def site_log_probs(trace: poutine.Trace, keep: tuple[int, ...], *, per_datum: bool = False) -> Tensor:
-    """Sum of all sites' log probabilities, over all dims but those kept.
-
-    With ``per_datum``, data in a subsampled plate count once, not for the data that are not there too.
-    """
-    logs = [
-        keep_dims(site["log_prob"], keep) / (_subsampling_scale(site) if per_datum else 1.0)
-        for site in trace.nodes.values()
-        if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
-    ]
-    return sum(logs[1:], start=logs[0])
-
-
-def _subsampling_scale(site: Mapping[str, Any]) -> float:
-    return math.prod((frame.full_size or frame.size) / frame.size for frame in site["cond_indep_stack"])
 
 
 def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
@@ -300,13 +198,13 @@ def log_likelihood(
         Burda, Grosse, Salakhutdinov (2016), Importance Weighted Autoencoders.
     """
     whole_number("num_samples", num_samples, at_least=2)
-    _check_log_z(model, log_z)
+    call = tilted_call(model, (x,))
+    _check_log_z(call, log_z)
     with random_stream(seed), torch.no_grad(), evaluation_mode(model, guide):
-        parts = [_data_draws(model, guide, rows, num_samples)[1] for rows in x.split(batch_size)]
-        log_weights = torch.cat(parts, 1)
+        log_weights = torch.cat([weights for _, weights in _data_draws(model, guide, x, num_samples, batch_size)], 1)
         value, se = importance_estimate(log_weights)
         log_z_se = torch.zeros_like(se)
-        if isinstance(model, TiltedModel) and (log_z is not None or model.normalize is not False):
+        if call is not None and (log_z is not None or call.tilted.normalize is not False):
             # A stream of its own: the two errors are added as independent ones.
             found = log_z
             if found is None:
@@ -318,25 +216,33 @@ def log_likelihood(
     return LogLikelihood(value, se, k, importance_ess(log_weights.T.log_softmax(-1)), log_z_se)
 
 
-def _check_log_z(model: Callable[..., Any], log_z: Estimate | None) -> None:
+def _check_log_z(call: TiltedCall | None, log_z: Estimate | None) -> None:
     if log_z is None:
         return
-    if not isinstance(model, TiltedModel):
+    if call is None:
         raise ValueError("log_z is given, but the model is not tilted: it is normalized; leave log_z out")
-    if isinstance(model.normalize, Tensor):
+    if isinstance(call.tilted.normalize, Tensor):
         raise ValueError("log_z is given twice: by tilt(..., normalize=number) and by log_z=; leave one out")
     if not all(bool(torch.as_tensor(part).isfinite().all()) for part in log_z):
         raise ValueError(f"log_z must be finite with a finite standard error, got {tuple(map(float, log_z))}")
 
 
-def _log_normalizer(model: TiltedModel, x: Tensor, batch_size: int, seed: int | None) -> Estimate:
+def _log_normalizer(model: Callable[..., Any], x: Tensor, batch_size: int, seed: int | None) -> Estimate:
     """Log Z of the tilt: the number the user gave, one for all data, or one per datum."""
-    if isinstance(model.normalize, Tensor):
-        return Estimate(model.normalize, torch.zeros(()))
-    if model.structure(x).is_pooled(list(model.energies)):
-        return model.log_normalizer(x, num_samples=100_000, seed=seed)
+
+    def log_z(rows: Tensor, num_samples: int) -> Estimate:
+        call = tilted_call(model, (rows,))
+        assert call is not None
+        return call.tilted.log_normalizer(*call.args, num_samples=num_samples, seed=seed, **call.kwargs)
+
+    call = tilted_call(model, (x,))
+    assert call is not None
+    if isinstance(call.tilted.normalize, Tensor):
+        return Estimate(call.tilted.normalize, torch.zeros(()))
+    if call.tilted.structure(*call.args, **call.kwargs).is_pooled(list(call.tilted.energies)):
+        return log_z(x, 100_000)
     rows = x.split(batch_size)  # draws times data: bounded as the weights are
-    parts = [model.log_normalizer(part, num_samples=10_000, seed=seed) for part in rows]
+    parts = [log_z(part, 10_000) for part in rows]
     expanded = [[t.expand(len(part)) for t in found] for part, found in zip(rows, parts, strict=True)]
     return Estimate(*(torch.cat(column) for column in zip(*expanded, strict=True)))
 
@@ -364,37 +270,43 @@ def posterior_draws(
         site -> values (n, num_samples, *site_event), and log weights (n, num_samples) normalized per datum.
     """
     with random_stream(seed), torch.no_grad():
-        parts = [_data_draws(model, guide, rows, num_samples) for rows in x.split(batch_size)]
+        parts = list(_data_draws(model, guide, x, num_samples, batch_size))
     log_weights = torch.cat([weights for _, weights in parts], 1).T.log_softmax(-1)
     values = {site: torch.cat([v[site] for v, _ in parts], 1).transpose(0, 1) for site in parts[0][0]}
     return {site: value.contiguous() for site, value in values.items()}, log_weights.contiguous()
 
 
 def _data_draws(
-    model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, num_samples: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws (num_samples, n, *site_event) by site, and their log importance weights (num_samples, n)."""
-    sampler = _Importance(model, guide, (x,), {})
-    if sampler.depth != 1:
+    model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, num_samples: int, batch_size: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """For some data after the other: draws (num_samples, n, *site_event) by site, log weights (num_samples, n)."""
+    first = None
+    for rows in x.split(batch_size):
+        sampler = ImportanceSampler(model, guide, (rows,), {}, per_datum=True)
+        _check_one_plate(sampler.layout, sampler.sites)
+        sampler.choose_ways(like=first)
+        first = first or sampler
+        values: dict[str, list[Tensor]] = {site: [] for site in sampler.sites}
+        weights = []
+        chunk = max(_CHUNK * 4 // len(rows), 1)
+        for start in range(0, num_samples, chunk):
+            size = min(chunk, num_samples - start)
+            log_weights, drawn, _ = sampler.draw(size)
+            weights.append(log_weights.expand(size, len(rows)))
+            for site in values:
+                values[site].append(drawn[site])
+        yield {site: torch.cat(chunks) for site, chunks in values.items()}, torch.cat(weights)
+
+
+def _check_one_plate(layout: Layout, sites: list[str]) -> None:
+    if layout.depth != 1:
         raise ValueError(
-            f"the data must lie in one plate at dim -1, one row of x each, but the model has {sampler.depth} "
+            f"the data must lie in one plate at dim -1, one row of x each, but the model has {layout.depth} "
             f"nested plates"
         )
-    outside = [site for site, shape in sampler.shapes.items() if len(shape) == sampler.event_dims[site]]
+    outside = [site for site in sites if len(layout.shapes[site]) == layout.event_dims[site]]
     if outside:
         raise ValueError(
             f"the latent site(s) {outside} lie outside the plate of the data and are shared by all data: one "
             f"datum has no posterior of its own; condition the model on them"
         )
-    values: dict[str, list[Tensor]] = {site: [] for site in sampler.shapes}
-    weights = []
-    chunk = max(_CHUNK * 4 // len(x), 1)
-    for start in range(0, num_samples, chunk):
-        size = min(chunk, num_samples - start)
-        _, model_trace, guide_trace = sampler.traces(size)
-        parts = site_log_probs(model_trace, (-2, -1), per_datum=True)
-        parts = parts - site_log_probs(guide_trace, (-2, -1), per_datum=True)
-        weights.append(parts.expand(size, len(x)))
-        for site in values:
-            values[site].append(model_trace.nodes[site]["value"])
-    return {site: torch.cat(chunks) for site, chunks in values.items()}, torch.cat(weights)

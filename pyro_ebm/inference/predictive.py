@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_ebm.arviz_statistics import psis
@@ -18,10 +16,20 @@ from pyro_ebm.inference.draws import Draws
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import random_stream
-from pyro_ebm.structure import event_dim_of, padded_shape, plate_depth, prototype_trace, unconditioned
+from pyro_ebm.structure import (
+    BatchedModel,
+    Layout,
+    TiltedCall,
+    is_factor,
+    nothing,
+    prototype_trace,
+    sample_sites,
+    tilted_call,
+    unconditioned,
+    untilted,
+)
 from pyro_ebm.thresholds import pareto_k_limit
 from pyro_ebm.tilts.normalizer import checked_energy
-from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["predictive"]
 
@@ -48,7 +56,7 @@ def predictive(
     resampled first.
 
     Args:
-        model: a Pyro model that broadcasts over an outer plate; tilted or not.
+        model: any Pyro model, tilted or not; quickest where it broadcasts over an outer plate.
         *args: its arguments; observed values among them are redrawn.
         draws: posterior draws of its latent sites: :class:`Draws`, an ``MCMC`` (ours or Pyro's) after its ``run``, or
             samples by site, (sample, *site_shape), as ``mcmc.get_samples()`` returns.
@@ -70,11 +78,10 @@ def predictive(
         whole_number("num_samples", num_samples)
     if draws is not None:
         draws = samples_as_draws(draws) if isinstance(draws, Mapping) else as_draws(draws)
-    base = model.base_model if isinstance(model, TiltedModel) else model
+    base, call = untilted(model), tilted_call(model, args, kwargs)
     with random_stream(seed), evaluation_mode(model), torch.no_grad():
         if draws is not None:
-            tilted = model.energies if isinstance(model, TiltedModel) else {}
-            missing = [site for site in tilted if site not in draws.values]
+            missing = [site for site in (call.tilted.energies if call else {}) if site not in draws.values]
             if missing:
                 raise ValueError(
                     f"the tilted site(s) {missing} are not among the draws ({sorted(draws.values)}): given the "
@@ -83,8 +90,8 @@ def predictive(
             given = _rows(draws, num_samples)
             return _forward(base, args, kwargs, len(next(iter(given.values()))), given=given)
         num_samples = _DEFAULT if num_samples is None else num_samples
-        if isinstance(model, TiltedModel):
-            return _resampled(model, args, kwargs, num_samples)
+        if call is not None:
+            return _resampled(base, call, args, kwargs, num_samples)
         return _forward(base, args, kwargs, num_samples)
 
 
@@ -106,67 +113,38 @@ def _forward(
     *,
     given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Vectorized runs of the unconditioned model, with some sites fixed."""
-    prototype = prototype_trace(unconditioned(model), args, kwargs)
-    depth = plate_depth(prototype)
-    found = {
-        name: site
-        for name, site in prototype.nodes.items()
-        if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
-    }
-    factors = [name for name, site in found.items() if type(site["fn"]).__name__ == "Unit"]
+    """Many runs of the unconditioned model, with some sites fixed."""
+    free = unconditioned(model)
+    trace = prototype_trace(free, args, kwargs)
+    factors = [name for name, site in sample_sites(trace).items() if is_factor(site)]
     if factors and given is None:
         raise ValueError(
             f"the model has factor(s) {factors}, which running it forward cannot respect; write them as a tilt of "
             f"the site they look at, or sample the latent sites and pass draws="
         )
-    sites = {
-        name: (site["value"].shape, event_dim_of(site))
-        for name, site in found.items()
-        if name not in factors
-    }
-    data = {}
-    for name, value in (given or {}).items():
-        if name not in sites or value.shape[1:] != sites[name][0]:
-            expected = tuple(sites[name][0]) if name in sites else f"one of the sites {sorted(sites)}"
-            raise ValueError(
-                f"draws[{name!r}] of shape {tuple(value.shape[1:])} does not fit the model, which has {expected}; "
-                f"pass the arguments (data of the same size) that the draws were made with"
-            )
-        data[name] = value.reshape(num_samples, *padded_shape(*sites[name], depth))
-    with pyro.plate("_predictive", num_samples, dim=-depth - 1):
-        runs = poutine.condition(unconditioned(model), data=data)
-        trace = poutine.trace(runs).get_trace(*args, **kwargs)
-    result = {}
-    for name, (shape, event_dim) in sites.items():
-        value = trace.nodes[name]["value"]
-        if value.numel() != num_samples * shape.numel():
-            value = value.expand(num_samples, *padded_shape(shape, event_dim, depth))
-        result[name] = value.reshape(num_samples, *shape)
-    return result
+    return BatchedModel(free, args, kwargs, layout=Layout.of(trace)).run(given, num_samples, measure=nothing).values
 
 
 def _resampled(
-    model: TiltedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_samples: int
+    base: Callable[..., Any], call: TiltedCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_samples: int
 ) -> dict[str, Tensor]:
     """Resample forward runs with weights ``exp(-E)``; element by element where all sites share free plates."""
-    structure = model.structure(*args, **kwargs)
+    structure, energies = call.tilted.structure(*call.args, **call.kwargs), call.tilted.energies
     pool_size = max(_OVERSAMPLING * num_samples, _MIN_POOL)
-    pool = _forward(model.base_model, args, kwargs, pool_size)
-    plates = structure.free_plates(list(model.energies))
+    pool = _forward(base, args, kwargs, pool_size)
+    plates = structure.free_plates(list(energies))
     if not all(plates.items() <= structure.plates[site].items() for site in structure.order):
         plates = {}
     # The positions of free plates differ between sites with different event shapes: move them to the front.
-    prototype = prototype_trace(unconditioned(model.base_model), args, kwargs)
-    event_dims = {site: event_dim_of(prototype.nodes[site]) for site in structure.order}
+    event_dims = structure.layout.event_dims
     axes = {site: [dim - event_dims[site] for dim in plates.values()] for site in structure.order}
     front = {site: pool[site].movedim(axes[site], list(range(1, 1 + len(plates)))) for site in structure.order}
     sizes = next(iter(front.values())).shape[1 : 1 + len(plates)]
     log_weights = torch.zeros(())
-    for site, energy in model.energies.items():
-        energies = checked_energy(energy, pool[site], event_dims[site], f"site {site!r}")
-        energies = energies.movedim(list(plates.values()), list(range(1, 1 + len(plates))))
-        log_weights = log_weights - energies.reshape(pool_size, sizes.numel(), -1).sum(-1)
+    for site, energy in energies.items():
+        found = checked_energy(energy, pool[site], event_dims[site], f"site {site!r}")
+        found = found.movedim(list(plates.values()), list(range(1, 1 + len(plates))))
+        log_weights = log_weights - found.reshape(pool_size, sizes.numel(), -1).sum(-1)
     _check_weights(log_weights)
     index = torch.multinomial(log_weights.T.softmax(-1), num_samples, replacement=True).T
     copies = torch.arange(sizes.numel(), device=index.device)

@@ -168,7 +168,7 @@ def _known(method: str) -> set[str]:
     if method in _KERNELS:
         return _kernel_options(_KERNELS[method]) | _arguments(MCMC) - {"kernel"}
     if method == "snis":
-        return {"strict"}  # importance() would pass others on to the model
+        return {"strict", "vectorize"}  # importance() would pass others on to the model
     functions: dict[str, Callable[..., Any]] = {"auto": auto, "nuts": pyro_nuts, "hmc": pyro_hmc, "smc": SMC}
     return _arguments(functions[method])
 

@@ -155,6 +155,7 @@ def importance_until(
     seed: int | None,
     began: float,
     strict: bool = False,
+    vectorize: str = "auto",
 ) -> Draws:
     """Importance sampling with as many draws as it takes; ``notes["stopped"]`` says what ended it.
 
@@ -168,7 +169,8 @@ def importance_until(
     num = int(min(max(4 * target.ess, 2000), _FIRST_IMPORTANCE, limit))
     while True:
         started = time.perf_counter()
-        draws = importance(model, guide, *args, num_samples=num, seed=seed, strict=strict, model_kwargs=kwargs)
+        options: dict[str, Any] = {"seed": seed, "strict": strict, "vectorize": vectorize, "model_kwargs": kwargs}
+        draws = importance(model, guide, *args, num_samples=num, **options)
         ess, now = draws.notes["ess"], time.perf_counter()
         # Each round draws anew: so many fit into the time left.
         fitting = int(num * max(target.max_seconds - (now - began), 0.0) / max(now - started, 1e-9))

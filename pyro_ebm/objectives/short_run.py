@@ -15,7 +15,7 @@ from torch.distributions import constraints
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.density.log_density import LogDensity
-from pyro_ebm.inference.importance import site_log_probs
+from pyro_ebm.inference.importance_sampler import site_log_probs
 from pyro_ebm.inference.kernels.adaptation import initial_tuning
 from pyro_ebm.inference.kernels.kernel import State
 from pyro_ebm.inference.kernels.langevin import ULA

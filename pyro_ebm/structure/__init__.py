@@ -1,6 +1,6 @@
 """What a model's runs show: its sites and plates, what depends on what; and how it is run for many values at once."""
 
-from pyro_ebm.structure.batched import Batch, BatchedModel, Layout, batched_run
+from pyro_ebm.structure.batched import Batch, BatchedModel, Layout, batched_run, nothing
 from pyro_ebm.structure.dependencies import ModelStructure, model_structure
 from pyro_ebm.structure.sites import (
     event_dim_of,
@@ -16,11 +16,12 @@ from pyro_ebm.structure.sites import (
     plate_dims,
     prototype_trace,
     sample_sites,
+    scaled_log_prob,
     subsampling_scale,
     unconditioned,
     unmasked,
 )
-from pyro_ebm.structure.tilted import Tilted, tilt_of, unnormalized, untilted
+from pyro_ebm.structure.tilted import Tilted, TiltedCall, tilt_of, tilted_call, unnormalized, untilted
 from pyro_ebm.structure.ways import WAYS, DoesNotBroadcast, Failure, candidate_ways, slowest
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Layout",
     "ModelStructure",
     "Tilted",
+    "TiltedCall",
     "batched_run",
     "candidate_ways",
     "event_dim_of",
@@ -42,6 +44,7 @@ __all__ = [
     "latent_sites",
     "log_prob_of",
     "model_structure",
+    "nothing",
     "observed_sites",
     "padded_shape",
     "plate_depth",
@@ -49,8 +52,10 @@ __all__ = [
     "prototype_trace",
     "sample_sites",
     "slowest",
+    "scaled_log_prob",
     "subsampling_scale",
     "tilt_of",
+    "tilted_call",
     "unconditioned",
     "unmasked",
     "unnormalized",

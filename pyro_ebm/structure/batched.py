@@ -26,9 +26,10 @@ from pyro_ebm.structure.sites import (
     sample_sites,
     subsampling_scale,
 )
+from pyro_ebm.structure.vmapped import DrawsApart
 from pyro_ebm.structure.ways import WAYS, DoesNotBroadcast, Failure, candidate_ways
 
-__all__ = ["Batch", "BatchedModel", "Layout", "batched_run"]
+__all__ = ["Batch", "BatchedModel", "Layout", "batched_run", "nothing"]
 
 _OUTER_PLATES = 8  # as many may lie around a model that is run in a plate of its own
 
@@ -60,11 +61,15 @@ class Layout:
         sites = {name: site for name, site in sample_sites(trace).items() if not is_factor(site)}
         return cls(
             plate_depth(trace),
-            {name: site["value"].shape for name, site in sites.items()},
+            {name: torch.Size(site["value"].shape) for name, site in sites.items()},
             {name: event_dim_of(site) for name, site in sites.items()},
             tuple(name for name, site in sites.items() if not site["is_observed"] and not is_deterministic(site)),
             any(subsampling_scale(site) != 1 for site in sample_sites(trace).values()),
         )
+
+
+def nothing(name: str, site: Site) -> None:
+    """For runs of which only the values are wanted: measures no site."""
 
 
 class Batch(NamedTuple):
@@ -83,7 +88,8 @@ class Batch(NamedTuple):
     @property
     def total(self) -> Tensor:
         """Sum over the sites of what was measured, (num, *kept)."""
-        return torch.stack(list(self.measured.values())).sum(0)
+        first, *others = self.measured.values()
+        return sum(others, start=first)
 
 
 def batched_run(
@@ -171,18 +177,19 @@ class BatchedModel:
             return self._run(way, values, num, self.returned, measure)
 
     @torch.no_grad()
-    def choose(self, values: Mapping[str, Tensor] | None = None) -> str:
+    def choose(self, values: Mapping[str, Tensor] | None = None, *, measure: Measure | None = None) -> str:
         """Find the first way in which several runs at once give what each gives alone.
 
         Args:
             values: some of those that runs will be given; sites without are drawn.
+            measure: what runs will measure beside log probabilities; it need only work.
 
         Raises:
             DoesNotBroadcast: where there is none.
         """
         failures = []
         for way in self.candidates:
-            failure = None if way == "loop" else self._failure(way, values or {})
+            failure = None if way == "loop" else self._failure(way, values or {}, measure)
             if failure is None:
                 self.way = way
                 return way
@@ -195,8 +202,8 @@ class BatchedModel:
             if shape is None or value.ndim == 0 or value.shape[1:] != shape:
                 due = f"one of the sites {sorted(self.layout.shapes)}" if shape is None else tuple(shape)
                 raise ValueError(
-                    f"values[{name!r}] of shape {tuple(value.shape[1:])} do not fit the model, which has {due}; "
-                    f"pass the arguments (data of the same size) that the values were made with"
+                    f"values of site {name!r}, of shape {tuple(value.shape[1:])}, do not fit the model, which has "
+                    f"{due}; pass the arguments (data of the same size) that they were made with"
                 )
             num = len(value) if num is None else num
             if len(value) != num:
@@ -205,7 +212,7 @@ class BatchedModel:
             raise ValueError("num is needed where no values are given")
         return num
 
-    def _failure(self, way: str, values: Mapping[str, Tensor]) -> Failure | None:
+    def _failure(self, way: str, values: Mapping[str, Tensor], measure: Measure | None) -> Failure | None:
         """The one check of a way: several runs at once against each alone."""
         num = _number_of_test_runs(self.layout)
         given = {name: value[torch.arange(num, device=value.device) % len(value)] for name, value in values.items()}
@@ -214,6 +221,9 @@ class BatchedModel:
         with forked_rng(0), poutine.block(), evaluation_mode(self.model), pyro.validation_enabled(False):
             try:
                 together = self._run(way, given, num, returned)
+                if measure is not None:
+                    with torch.enable_grad():  # under which other operations may run
+                        self._run(way, given, num, (), measure)
                 if self.layout.subsampled:  # other elements in each run: nothing to compare
                     return None
                 every = given | {name: together.values[name] for name in drawn}
@@ -233,11 +243,11 @@ class BatchedModel:
             found = {name: _in_shape(trace, name, self.layout.shapes[name]) for name in returned}
             return found, _measured(trace, self.keep, measure)
 
-        rows = dict(values) or {"": torch.empty(num)}  # vmap wants something to map over
         if way == "vmap":
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="There is a performance drop")  # where torch has to loop
-                found, measured = torch.vmap(lambda row: single(_without_name(row)), randomness="different")(rows)
+            if all(name in values for name in self.layout.latent):
+                found, measured = _vmap(single, dict(values))
+            else:
+                found, measured = _vmap(_drawing(single), dict(values), torch.zeros(num))
             return Batch(found, measured, way)
         runs = [single({name: value[index] for name, value in values.items()}) for index in range(num)]
         return Batch(_stacked([found for found, _ in runs]), _stacked([measured for _, measured in runs]), way)
@@ -296,8 +306,18 @@ def _in_shape(trace: poutine.Trace, name: str, shape: torch.Size) -> Tensor:
     return value
 
 
-def _without_name(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in row.items() if name}
+def _vmap(function: Callable[..., Any], *rows: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")  # where torch has to loop
+        return torch.vmap(function, randomness="different")(*rows)
+
+
+def _drawing(single: Callable[[dict[str, Tensor]], Any]) -> Callable[[dict[str, Tensor], Tensor], Any]:
+    def draw(row: dict[str, Tensor], zero: Tensor) -> Any:
+        with DrawsApart(zero):
+            return single(row)
+
+    return draw
 
 
 def _difference(way: str, together: Batch, alone: Batch) -> Failure | None:

@@ -14,6 +14,7 @@ from pyro.ops.provenance import detach_provenance, get_provenance, track_provena
 
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
+from pyro_ebm.structure.batched import Layout
 from pyro_ebm.structure.sites import (
     event_dim_of,
     is_bookkeeping,
@@ -43,6 +44,8 @@ class ModelStructure:
         fixed: deterministic sites, whose value is a function of others.
         varying: site -> plates along which its conditional distribution differs from element to element.
         max_plate_nesting: number of dimensions, from the right, that plates use.
+        layout: where the sites sit.
+        way: how the unconditioned model is run for many draws, where that was found out.
     """
 
     order: tuple[str, ...]
@@ -54,6 +57,8 @@ class ModelStructure:
     fixed: frozenset[str]
     varying: Mapping[str, frozenset[str]]
     max_plate_nesting: int
+    layout: Layout
+    way: str | None = None
 
     def free_plates(self, sites: list[str]) -> dict[str, int]:
         """Plates, with their dims, along which the sites and all they depend on are independent copies."""
@@ -99,6 +104,7 @@ def model_structure(
         fixed=frozenset(site["name"] for site in sites if is_deterministic(site)),
         varying=varying,
         max_plate_nesting=plate_depth(trace),
+        layout=Layout.of(trace),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 
@@ -31,6 +32,7 @@ __all__ = [
     "plate_dims",
     "prototype_trace",
     "sample_sites",
+    "scaled_log_prob",
     "subsampling_scale",
     "unconditioned",
     "unmasked",
@@ -52,6 +54,7 @@ def unconditioned(model: Callable[..., Any]) -> Callable[..., Any]:
         with _Uncondition():
             return model(*args, **kwargs)
 
+    run.__wrapped__ = model  # type: ignore[attr-defined]  # where the modules behind it are looked for
     return run
 
 
@@ -138,6 +141,12 @@ def is_observed(site: Mapping[str, Any]) -> bool:
 def log_prob_of(site: Mapping[str, Any]) -> torch.Tensor:
     """Log probability of a site's value before any mask, (*batch,)."""
     return unmasked(site["fn"]).log_prob(site["value"])
+
+
+def scaled_log_prob(site: Mapping[str, Any]) -> torch.Tensor:
+    """Log probability of a site's value as it counts in the model, scaled and masked, (*batch,)."""
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(log_prob, site["scale"], site["mask"])
 
 
 def unmasked(distribution: Any) -> Any:

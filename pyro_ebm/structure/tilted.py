@@ -5,28 +5,45 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from pyro.poutine.messenger import _bound_partial, _context_wrap
 
-__all__ = ["Tilted", "tilt_of", "unnormalized", "untilted"]
+__all__ = ["Tilted", "TiltedCall", "tilt_of", "tilted_call", "unnormalized", "untilted"]
+
+Model = Callable[..., Any]
 
 
 @runtime_checkable
 class Tilted(Protocol):
-    """What a tilted model has: :class:`TiltedModel`, without its module (which stands below this one)."""
+    """What a tilted model has: :class:`TiltedModel`, whose module stands below this one."""
 
-    base_model: Callable[..., Any]
+    base_model: Model
+    normalize: Any
 
     @property
-    def energies(self) -> Mapping[str, Callable[..., Any]]:
+    def energies(self) -> Mapping[str, Any]:
         """Site name -> energy."""
 
-    def unnormalized(self) -> Callable[..., Any]:
+    def unnormalized(self) -> Model:
         """The same tilt without log Z."""
 
+    def structure(self, *args: Any, **kwargs: Any) -> Any:
+        """Dependencies between the sites of the base model."""
 
-def untilted(model: Callable[..., Any]) -> Callable[..., Any]:
+    def log_normalizer(self, *args: Any, num_samples: int = ..., seed: int | None = ..., **kwargs: Any) -> Any:
+        """Log Z for these arguments of the model."""
+
+
+class TiltedCall(NamedTuple):
+    """A tilted model and the arguments that it gets."""
+
+    tilted: Tilted
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def untilted(model: Model) -> Model:
     """The model without its tilt; a model that has none is returned as it is.
 
     Looks through ``functools.partial``, ``forward`` as a bound method, Pyro's handlers (``condition``, ``scale``, ...)
@@ -35,46 +52,68 @@ def untilted(model: Callable[..., Any]) -> Callable[..., Any]:
     return _replaced(model, lambda tilted: tilted.base_model)
 
 
-def unnormalized(model: Callable[..., Any]) -> Callable[..., Any]:
+def unnormalized(model: Model) -> Model:
     """The model with its tilt but without log Z, as :func:`untilted` looks for it: for densities up to a constant."""
     return _replaced(model, lambda tilted: tilted.unnormalized())
 
 
-def tilt_of(model: Callable[..., Any]) -> Tilted | None:
+def tilted_call(model: Model, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> TiltedCall | None:
+    """The tilted model that a call ends in, as :func:`untilted` looks for it; None where there is none."""
+    bound = dict(kwargs or {})
+    while not isinstance(model, Tilted):
+        wrapper = _wrapper(model)
+        if wrapper is None:
+            return None
+        model, args, bound = wrapper.inside, (*wrapper.args, *args), {**wrapper.kwargs, **bound}
+    return TiltedCall(model, args, bound)
+
+
+def tilt_of(model: Model) -> Tilted | None:
     """The tilted model behind a callable, as :func:`untilted` looks for it; None where there is none."""
-    found: list[Tilted] = []
-
-    def keep(tilted: Tilted) -> Callable[..., Any]:
-        found.append(tilted)
-        return tilted.base_model
-
-    _replaced(model, keep)
-    return found[0] if found else None
+    call = tilted_call(model)
+    return call.tilted if call else None
 
 
-def _replaced(model: Callable[..., Any], change: Callable[[Tilted], Callable[..., Any]]) -> Callable[..., Any]:
+def _replaced(model: Model, change: Callable[[Tilted], Model]) -> Model:
     """The model with ``change`` made to the tilted model in it."""
     if isinstance(model, Tilted):
         return change(model)
+    wrapper = _wrapper(model)
+    if wrapper is None:
+        return model
+    new = _replaced(wrapper.inside, change)
+    return model if new is wrapper.inside else wrapper.around(new)
+
+
+class _Wrapper(NamedTuple):
+    """What lies around a model: how to put the same around another, and the arguments it adds."""
+
+    inside: Model
+    around: Callable[[Model], Model]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+
+
+def _wrapper(model: Model) -> _Wrapper | None:
+    if isinstance(model, _bound_partial):  # what a Pyro handler around a model is
+        return _Wrapper(model.func, lambda new: new)
+    if isinstance(model, functools.partial):
+        if model.func is _context_wrap:
+            return _Wrapper(model.args[1], model.args[0])
+        around = functools.partial(_partial, args=model.args, kwargs=model.keywords)
+        return _Wrapper(model.func, around, model.args, model.keywords)
     owner = getattr(model, "__self__", None)
     if isinstance(owner, Tilted) and getattr(model, "__name__", "") in ("forward", "__call__"):
-        return change(owner)
-    if isinstance(model, _bound_partial):  # what a Pyro handler around a model is
-        new = _replaced(model.func, change)
-        return model if new is model.func else new
-    if isinstance(model, functools.partial):
-        handled = model.func is _context_wrap  # of a handler and a model
-        inner = model.args[1] if handled else model.func
-        new = _replaced(inner, change)
-        if new is inner:
-            return model
-        return model.args[0](new) if handled else functools.partial(new, *model.args, **model.keywords)
-    inner = vars(model).get("fn") if hasattr(model, "__dict__") else None
-    if not callable(inner):
-        return model
-    new = _replaced(inner, change)
-    if new is inner:
-        return model
-    outer = copy.copy(model)
-    outer.fn = new  # type: ignore[attr-defined]
-    return outer
+        return _Wrapper(cast(Model, owner), lambda new: new)
+    inside = vars(model).get("fn") if hasattr(model, "__dict__") else None
+    return _Wrapper(inside, functools.partial(_with_fn, model)) if callable(inside) else None
+
+
+def _partial(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Model:
+    return functools.partial(model, *args, **kwargs)
+
+
+def _with_fn(model: Any, fn: Model) -> Model:
+    other = copy.copy(model)
+    other.fn = fn
+    return other

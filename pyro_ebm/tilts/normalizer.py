@@ -164,7 +164,7 @@ def score_term(base: Distribution, value: Tensor) -> Tensor:
     if getattr(base, "has_rsample", False) or not torch.is_grad_enabled():
         return torch.zeros((), dtype=value.dtype if value.is_floating_point() else None, device=value.device)
     log_prob = base.log_prob(value)
-    return log_prob - log_prob.detach() if log_prob.requires_grad else torch.zeros_like(log_prob)
+    return log_prob - log_prob.detach()  # under vmap no tensor says that it asks for gradients
 
 
 def site_log_weights(

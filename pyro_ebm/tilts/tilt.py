@@ -2,6 +2,7 @@ r"""The tilt: ``p_theta(v) = exp(-E_theta(v)) p(v) / Z_theta`` at any sample sit
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import modules_of, name_of, register_for_svi
 from pyro_ebm.randomness import fingerprint
 from pyro_ebm.structure import ModelStructure, event_dim_of, model_structure, prototype_trace
-from pyro_ebm.tilts.forward import check_broadcast, forward_log_normalizer, forward_log_weights
+from pyro_ebm.tilts.forward import forward_log_normalizer, forward_log_weights, forward_way
 from pyro_ebm.tilts.normalizer import (
     Normalizer,
     base_parameters,
@@ -156,7 +157,8 @@ class TiltedModel(nn.Module):
             structure = model_structure(self.base_model, args, kwargs)
             _check_sites(self._sites, structure.order)
             if any(_needs_forward(group, structure) for group in _dependent_groups(self._sites, structure)):
-                check_broadcast(self.base_model, args, kwargs, structure)
+                way = forward_way(self.base_model, args, kwargs, self.energies, structure)
+                structure = dataclasses.replace(structure, way=way)
             self._structures[key] = structure
         return self._structures[key]
 

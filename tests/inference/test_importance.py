@@ -22,6 +22,7 @@ from pyro_ebm import (
     quadrature,
     tilt,
 )
+from pyro_ebm.structure import DoesNotBroadcast
 
 
 def prior():
@@ -289,10 +290,40 @@ def test_too_few_draws(num_samples):
         importance(prior, num_samples=num_samples)
 
 
-def test_a_model_that_sums_over_all_draws_is_refused():
+def test_a_model_that_sums_over_all_draws():
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-        pyro.factor("pull", (2 * z).sum())  # the sum of all draws, the same for each: weights would come out equal
+        pyro.factor("pull", (0.5 * z).sum())  # the sum of all draws, the same for each: weights would come out equal
 
-    with pytest.raises(ValueError, match="the model does not broadcast: .* sum over dim=-1"):
-        importance(model, None, num_samples=100, seed=0)
+    with pytest.raises(DoesNotBroadcast, match="the model does not broadcast: .* sum over dim=-1"):
+        importance(model, None, num_samples=100, seed=0, vectorize="plate")
+    for way in ("auto", "loop"):
+        draws = importance(model, None, num_samples=1000, seed=0, vectorize=way)
+        assert draws.notes["vectorize"] == ("vmap" if way == "auto" else "loop")
+        assert abs(draws.log_z.value - 0.375) < 4 * draws.log_z.se
+
+
+@pytest.mark.parametrize("way", ["vmap", "loop"])
+def test_every_way_gives_the_same_weights(way):
+    """Of the guide's draws: its own log density taken off, whatever way ran."""
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.5, -1.0])
+    plate = importance(model, guide, x, num_samples=500, seed=0)
+    other = importance(model, guide, x, num_samples=500, seed=0, vectorize=way)
+    assert (plate.notes["vectorize"], other.notes["vectorize"]) == ("plate", way)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum()
+    for draws in (plate, other):
+        assert abs(draws.log_z.value - exact) < 4 * draws.log_z.se
+        z = draws.values["z"][0]
+        expected = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
+        expected = (expected - dist.Normal(x / 2, 0.8).log_prob(z)).sum(-1).log_softmax(0)
+        torch.testing.assert_close(draws.log_weights[0], expected, atol=1e-5, rtol=1e-4)

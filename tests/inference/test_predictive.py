@@ -245,9 +245,9 @@ def test_tilted_site_missing_from_the_draws():
 
 
 def test_draws_of_another_model_or_other_data():
-    with pytest.raises(ValueError, match=r"draws\['w'\].*which has one of the sites \['x', 'z'\]"):
+    with pytest.raises(ValueError, match=r"site 'w'.*which has one of the sites \['x', 'z'\]"):
         predictive(images, draws=Draws(values={"w": torch.zeros(1, 5)}, method="nuts"))
-    with pytest.raises(ValueError, match=r"draws\['z'\] of shape \(4, 2\) does not fit the model, which has \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"site 'z', of shape \(4, 2\), do not fit the model, which has \(3, 2\)"):
         predictive(images, draws=Draws(values={"z": torch.zeros(1, 5, 4, 2)}, method="nuts"))
 
 

@@ -197,7 +197,7 @@ def test_unknown_option(method):
     assert "'progress'" in options and "'model_kwargs'" in options and "'strict'" in options
     assert not any(word in options for word in ("'args'", "'target'", "'kwargs'", "'steps'", "'began'"))
     assert ("'warmup_steps'" in options) == (method not in ("auto", "snis", "smc"))
-    assert ("'vectorize'" in options) == (method not in ("snis", "nuts", "hmc"))
+    assert ("'vectorize'" in options) == (method not in ("nuts", "hmc"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -207,7 +207,7 @@ def test_progress_has_one_name(method):
 
 
 def test_options_of_chains_are_none_of_importance_sampling():
-    with pytest.raises(TypeError, match=r"no option \['init'\]; it takes .*'strict'\], and the model has"):
+    with pytest.raises(TypeError, match=r"no option \['init'\]; it takes .*'strict', 'vectorize'\], and the model has"):
         sample(model, method="snis", progress=False, init="uniform", **FAST)
 
 

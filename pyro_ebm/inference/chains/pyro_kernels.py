@@ -24,8 +24,7 @@ from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import frozen
 from pyro_ebm.randomness import random_stream
-from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace
-from pyro_ebm.tilts.tilt import TiltedModel
+from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace, unnormalized, untilted
 
 __all__ = ["pyro_hmc", "pyro_nuts"]
 
@@ -247,13 +246,13 @@ class _Run:
         jit_compile: bool,
     ) -> Draws:
         start = time.perf_counter()
-        model = model.unnormalized() if isinstance(model, TiltedModel) else model
+        model = unnormalized(model)
         with random_stream(self.seed), frozen(model), warnings.catch_warnings():
             # Pyro compiles through torch.jit, whose deprecation its users can do nothing about.
             warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
             # Validates the user's model, once and without its tilt; Pyro's own runs do not.
-            trace = prototype_trace(model.base_model if isinstance(model, TiltedModel) else model, args, kwargs)
+            trace = prototype_trace(untilted(model), args, kwargs)
             with pyro.validation_enabled(False):
                 _, potential, transforms, _ = initialize_model(
                     model, args, kwargs, jit_compile=jit_compile, skip_jit_warnings=True, initial_params={}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
 from pyro_ebm.errors import InferenceWarning
+from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import importance
 from pyro_ebm.structure import DoesNotBroadcast
 
@@ -21,6 +23,7 @@ __all__ = ["INITS", "StartingPoints"]
 
 INITS = ("importance", "uniform")
 _POOL = 2000
+_SMALL_POOL = 200  # where the model is run for one draw after another
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,19 @@ class StartingPoints:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InferenceWarning)  # only starting points: chains do the rest
             try:
-                pool = importance(self.model, guide, *self.args, num_samples=_POOL, model_kwargs=self.kwargs)
-                values = pool.resample(self.num_chains)
-            except DoesNotBroadcast:
-                return None
+                values = self._pool(guide).resample(self.num_chains)
             except (RuntimeError, ValueError, IndexError, TypeError):
                 if guide is not None:
                     raise
-                return None  # a model that cannot be vectorized, or whose prior never meets the target
+                return None  # the prior never meets the target
         return self._unconstrained(values) if all(name in values for name in self.transforms) else None
+
+    def _pool(self, guide: Callable[..., Any] | None) -> Draws:
+        options: dict[str, Any] = {"model_kwargs": self.kwargs}
+        for way in ("plate", "vmap"):
+            with suppress(DoesNotBroadcast):
+                return importance(self.model, guide, *self.args, num_samples=_POOL, vectorize=way, **options)
+        return importance(self.model, guide, *self.args, num_samples=_SMALL_POOL, vectorize="loop", **options)
 
     def _unconstrained(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: transform(values[name]).detach() for name, transform in self.transforms.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.modules import evaluation_mode
-from pyro_ebm.structure import latent_sites, padded_shape, plate_depth, prototype_trace
+from pyro_ebm.structure import BatchedModel, Layout, nothing, prototype_trace, untilted
 from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["centered", "noncentered"]
@@ -127,11 +127,11 @@ def centered(model: Callable[..., Any], draws: Draws, *args: Any, **kwargs: Any)
         TypeError: a model that :func:`noncentered` did not make.
         ValueError: draws of another model.
     """
-    base = model.base_model if isinstance(model, TiltedModel) else model
+    base = untilted(model)
     if not isinstance(base, _Noncentered):
         raise TypeError(f"model must be what noncentered() returns, got {type(base).__name__}")
-    noise = latent_sites(prototype_trace(base, args, kwargs))
-    missing = [name for name in noise if name not in draws.values]
+    runs = _runs(base, args, kwargs)
+    missing = [name for name in runs.layout.latent if name not in draws.values]
     if missing:
         raise ValueError(
             f"draws lack the site(s) {missing} of the non-centered model (they have {sorted(draws.values)}); "
@@ -139,9 +139,10 @@ def centered(model: Callable[..., Any], draws: Draws, *args: Any, **kwargs: Any)
         )
     total = draws.num_chains * draws.num_draws
     parts = []
-    for start in range(0, total, _CHUNK):
-        rows = {name: draws.flat(name)[start : start + _CHUNK] for name in noise}
-        parts.append(_run(base, rows, args, kwargs))
+    with evaluation_mode(base):
+        for start in range(0, total, _CHUNK):
+            rows = {name: draws.flat(name)[start : start + _CHUNK] for name in runs.layout.latent}
+            parts.append(runs.run(rows, measure=nothing).values)
     shape = (draws.num_chains, draws.num_draws)
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     values = {name: value.reshape(*shape, *value.shape[1:]) for name, value in values.items()}
@@ -150,27 +151,10 @@ def centered(model: Callable[..., Any], draws: Draws, *args: Any, **kwargs: Any)
     return dataclasses.replace(draws, values=values, dims={}, coords={}, source=source)
 
 
-def _run(
-    base: _Noncentered, rows: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Values of the original model's latent sites, (rows, *site_shape), given values of the noise."""
-    noise = prototype_trace(base, args, kwargs)
-    original = latent_sites(prototype_trace(base.fn, args, kwargs))
-    depth, num = plate_depth(noise), len(next(iter(rows.values())))
-    data = {}
-    for name, value in rows.items():
-        site = noise.nodes[name]
-        if value.shape[1:] != site["value"].shape:
-            raise ValueError(
-                f"draws[{name!r}] of shape {tuple(value.shape[1:])} do not fit the model, which has "
-                f"{tuple(site['value'].shape)}; pass the arguments that the draws were made with"
-            )
-        data[name] = value.reshape(num, *padded_shape(site["value"].shape, len(site["fn"].event_shape), depth))
-    with evaluation_mode(base), pyro.validation_enabled(False), pyro.plate("_rows", num, dim=-depth - 1):
-        trace = poutine.trace(poutine.condition(base, data=data)).get_trace(*args, **kwargs)
-    found = {}
-    for name, site in original.items():
-        shape = site["value"].shape
-        padded = padded_shape(shape, len(site["fn"].event_shape), depth)
-        found[name] = trace.nodes[name]["value"].expand(num, *padded).reshape(num, *shape)
-    return found
+def _runs(base: _Noncentered, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BatchedModel:
+    """The model, to be run given its noise: it returns the values of the original model's latent sites."""
+    noise = Layout.of(prototype_trace(base, args, kwargs))
+    original = Layout.of(prototype_trace(base.fn, args, kwargs))
+    shapes, event_dims = {**noise.shapes, **original.shapes}, {**noise.event_dims, **original.event_dims}
+    layout = dataclasses.replace(noise, shapes=shapes, event_dims=event_dims)
+    return BatchedModel(base, args, kwargs, layout=layout, returned=original.latent)
