@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -10,21 +11,36 @@ import torch
 
 __all__ = ["fingerprint", "forked_rng", "one_source", "random_seed", "random_stream", "streams"]
 
+_PIECE = 2**16  # bytes
+
 
 def fingerprint(tensors: Iterable[torch.Tensor], *salt: object) -> int:
-    """A 63-bit number that is the same for the same values and, in practice, differs otherwise."""
+    """A 63-bit number that is the same for the same bits and, in practice, differs otherwise.
+
+    A function of shapes, dtypes and values alone: the same in any process, on any device, with any number of threads.
+    All bytes are read each time. Version counters would spare frozen weights that, but do not see writes through
+    ``.data`` or a shared array, and a stale number is a tilt trained on the draws of other weights.
+    """
     digest = hashlib.blake2b(repr(salt).encode(), digest_size=8)
-    summaries = [part for tensor in tensors if tensor.numel() for part in _summary(tensor.detach())]
-    if summaries:
-        digest.update(torch.stack([part.cpu().double() for part in summaries]).numpy().tobytes())
+    for tensor in tensors:
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        for part in _parts(tensor):
+            digest.update(part)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def _summary(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    flat = tensor.flatten() if tensor.device.type == "mps" else tensor.flatten().double()
-    # The second sum depends on the order of the values too: data in another order are other data.
-    places = torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device).sqrt()
-    return flat.norm(), flat @ places
+def _parts(tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
+    """The bytes of a small tensor; checksums, several times faster, of the pieces of a large one."""
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.stride(0) != 1:  # expanded: even a single element may have a stride that no view of its bytes can have
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    if len(data) <= _PIECE:
+        yield data
+        return
+    # A change confined to one number is always seen, any other missed once in four thousand million times.
+    for start in range(0, len(data), _PIECE):
+        yield zlib.crc32(data[start : start + _PIECE]).to_bytes(4, "little")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Modules behind callables, fingerprints, random streams, modes."""
+"""Modules behind callables, random streams, modes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from pyro_ebm import LinearEnergy, tilt
 from pyro_ebm.modules import evaluation_mode, frozen, modules_of, register_for_svi
-from pyro_ebm.randomness import fingerprint, forked_rng, random_stream
+from pyro_ebm.randomness import forked_rng, random_stream
 
 
 class Owner(nn.Module):
@@ -79,27 +79,6 @@ def test_register_for_svi_leaves_frozen_parameters_out_without_a_warning():
         register_for_svi(energy, "tilt")
         register_for_svi(LinearEnergy([1.0]).requires_grad_(False), "tilt")
     assert len(capture.trace.nodes) == 1
-
-
-def test_fingerprint_tells_values_apart():
-    x = torch.tensor([0.0, 1.0, 1.0, 0.0])
-    assert fingerprint([x]) == fingerprint([x.clone()])
-    # same norm and same sum: an order of the data is part of the data
-    assert fingerprint([x]) != fingerprint([torch.tensor([1.0, 0.0, 0.0, 1.0])])
-    assert fingerprint([torch.tensor([1.0, -1.0])]) != fingerprint([torch.tensor([-1.0, 1.0])])
-    assert fingerprint([x]) != fingerprint([x + 1e-6])
-    assert fingerprint([x], 0) != fingerprint([x], 1)
-    assert fingerprint([x, x]) != fingerprint([x])
-    assert fingerprint([]) == fingerprint([]) != fingerprint([], "salt")
-    # integer, empty, scalar and learning tensors
-    odd = [
-        torch.tensor([1, 2]),
-        torch.zeros(0),
-        torch.tensor(1.0),
-        nn.Parameter(torch.ones(2)),
-        torch.tensor(True),
-    ]
-    assert 0 <= fingerprint(odd) < 2**63
 
 
 def test_forked_rng_restores_and_repeats(rng_untouched):

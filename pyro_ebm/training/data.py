@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tensors", "batches", "checked_data", "checked_validation", "checksum", "split_data"]
+__all__ = ["Tensors", "batches", "checked_data", "checked_validation", "split_data"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -85,16 +84,6 @@ def batches(data: Tensors, size: int, device: torch.device, order: Tensor | None
     orders = [order.to(tensor.device).split(size) for tensor in data]
     for indices in zip(*orders, strict=True):
         yield tuple(t.index_select(0, i).to(device) for t, i in zip(data, indices, strict=True))
-
-
-def checksum(data: Tensors | None) -> int:
-    """The same number for the same bits, on any machine."""
-    crc = 0
-    for tensor in data or ():
-        flat = tensor.detach().cpu().contiguous().flatten()
-        crc = zlib.crc32(repr((tensor.dtype, tuple(tensor.shape))).encode(), crc)
-        crc = zlib.crc32(flat.view(torch.uint8).numpy().data, crc)
-    return crc
 
 
 def _num_held_apart(share: float, data: Tensors) -> int:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.errors import CheckpointError
-from pyro_ebm.randomness import forked_rng
+from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.tilts.normalizer import weights_reported_to
 from pyro_ebm.training.checkpoints import load_into, require_match, weights_of, write
-from pyro_ebm.training.data import Tensors, batches, checksum
+from pyro_ebm.training.data import Tensors, batches
 from pyro_ebm.training.guard import WeightGuard, require_finite
 from pyro_ebm.training.objective import Objective
 
@@ -244,8 +244,8 @@ class Run:
                 "scheduler_class": type(self.scheduler).__name__,
                 "seed": self.seed,
                 "batch_size": self.batch_size,
-                "data": checksum(self.data),
-                "validation": checksum(self.validation),
+                "data": fingerprint(self.data),
+                "validation": fingerprint(self.validation or ()),
                 # None for one group, which is what older files have.
                 "groups": [[self.trained.index(m) for m in g.modules] for g in self.groups] if turns else None,
             }

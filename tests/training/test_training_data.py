@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pyro_ebm.training.data import batches, checked_data, checked_validation, checksum, split_data
+from pyro_ebm.training.data import batches, checked_data, checked_validation, split_data
 
 CPU = torch.device("cpu")
 
@@ -77,13 +77,3 @@ def test_batches_as_they_lie_and_in_an_order():
     taken = list(batches((x, y), 2, CPU, order))
     assert [part[1].tolist() for part in taken] == [[9, 1], [4, 0], [2]]
     assert all(torch.equal(a.squeeze(1).long(), b) for a, b in taken)
-
-
-def test_the_checksum_of_several_tensors_and_of_none():
-    x, y = pair()
-    assert checksum(None) == checksum(()) == 0
-    assert len({checksum(data) for data in ((x,), (y,), (x, y), (y, x))}) == 4
-    assert checksum((x.clone(), y.clone())) == checksum((x, y))
-    assert checksum((x.T.contiguous().T, y)) == checksum((x, y))
-    x[3] = -0.0
-    assert checksum((x, y)) != checksum(pair())
