@@ -23,6 +23,7 @@ from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import LogLikelihood
 from pyro_ebm.inference.quadrature import quadrature
 from pyro_ebm.models.vae import VAE
+from pyro_ebm.randomness import fingerprint
 from pyro_ebm.recipes import steps
 from pyro_ebm.recipes.baselines import fit_vae, new_vae
 from pyro_ebm.recipes.debias_config import DebiasConfig, Schedule
@@ -30,7 +31,6 @@ from pyro_ebm.recipes.job_folder import JobFolder, results_folder
 from pyro_ebm.recipes.outputs import write_results
 from pyro_ebm.recipes.result import DebiasResult, remarks_on, summarized
 from pyro_ebm.tilts.tilt import TiltedModel, tilt
-from pyro_ebm.training.data import checksum
 from pyro_ebm.training.fit import FitResult
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class _Job:
         began = time.perf_counter()
         split = steps.load_split(config)
         parts = (split.biased, split.reference, split.test, split.classifier)
-        data = checksum(tuple(tensor for part in parts for tensor in (part.images, part.labels)))
+        data = fingerprint(tensor for part in parts for tensor in (part.images, part.labels))
         # Where the data lie and what the screen shows does not matter.
         settings = {k: v for k, v in asdict(config).items() if k not in ("data_root", "progress")}
         kept = JobFolder(folder, settings, data, resume=resume)
