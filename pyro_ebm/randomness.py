@@ -34,7 +34,7 @@ def _parts(tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
     flat = tensor.detach().cpu().reshape(-1)
     if flat.stride(0) != 1:  # expanded: even a single element may have a stride that no view of its bytes can have
         flat = flat.clone(memory_format=torch.contiguous_format)
-    data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    data: memoryview = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
     if len(data) <= _PIECE:
         yield data
         return
