@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "errors": ["CheckpointError", "InferenceError", "InferenceWarning", "TrainingWarning"],
+    "errors": ["CheckpointError", "InfeasibleError", "InferenceError", "InferenceWarning", "TrainingWarning"],
     "energies": [
         "ConvEnergy",
         "Energy",

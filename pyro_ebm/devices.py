@@ -18,7 +18,7 @@ def checked_device(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).add(1)
+        torch.zeros(1, device=device).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device={str(name)!r} is not available here ({reason}); try {_available()}") from error

@@ -5,7 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 
-__all__ = ["CheckpointError", "InferenceError", "InferenceWarning", "TrainingWarning", "report", "warn_user"]
+__all__ = [
+    "CheckpointError",
+    "InfeasibleError",
+    "InferenceError",
+    "InferenceWarning",
+    "TrainingWarning",
+    "report",
+    "warn_user",
+]
 
 
 class InferenceWarning(UserWarning):
@@ -14,6 +22,10 @@ class InferenceWarning(UserWarning):
 
 class InferenceError(RuntimeError):
     """What ``strict=True`` raises where an :class:`InferenceWarning` would be given."""
+
+
+class InfeasibleError(ValueError):
+    """Means that no tilt of the base has: an answer about the target, not a fault of the call."""
 
 
 class TrainingWarning(UserWarning):

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pyro_ebm import InferenceWarning
+import pyro_ebm
+from pyro_ebm import DebiasConfig, InferenceWarning, StudyConfig
 from pyro_ebm.cli import app
 from pyro_ebm.recipes.debias_config import Schedule
 
-OPTIONS = """--data --data-root --digits --proportions --fraction --latent-dim --methods --num-samples --seed --out
---baselines --quick --progress""".split()
+OPTIONS = """--data --data-root --digits --proportions --fraction --latent-dim --methods --num-samples --num-chains
+--max-seconds --seed --device --out --resume --baselines --quick --progress""".split()
 
 
 def invoke(*arguments: str) -> Any:
@@ -54,8 +55,27 @@ def test_help_lists_the_options():
     text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
     for option in OPTIONS:
         assert re.search(rf"{option}\b", text), option
-    assert "digits (bundled), mnist, fashion_mnist or kmnist" in text
-    assert "0.12,0.33,0.28,0.20,0.07" in text
+    assert "digits, mnist, fashion_mnist, kmnist" in text
+    assert "0.12,0.33,0.28,0.2,0.07" in text
+
+
+@pytest.mark.parametrize(("command", "settings"), [("debias", DebiasConfig), ("debias-study", StudyConfig)])
+def test_defaults_are_those_of_the_settings(monkeypatch, command, settings):
+    """Whoever gives no option gets what Python's callers get."""
+    given = []
+    for function in ("debias.debias", "debias_study.debias_study"):
+        monkeypatch.setattr(f"pyro_ebm.recipes.{function}", lambda config, **options: given.append(config) or 1 / 0)
+    assert isinstance(invoke(command, "--progress").exception, ZeroDivisionError)
+    assert given == [settings()]
+
+
+def test_the_version_and_python_m():
+    found = invoke("--version")
+    assert found.exit_code == 0 and found.stdout == f"pyro-ebm {pyro_ebm.__version__}\n"
+    found = subprocess.run(
+        [sys.executable, "-m", "pyro_ebm", "--version"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert (found.returncode, found.stdout) == (0, f"pyro-ebm {pyro_ebm.__version__}\n")
 
 
 def test_the_command_names_its_jobs():
@@ -85,7 +105,8 @@ def test_success_prints_the_tables_and_writes_the_files(tmp_path, monkeypatch):
     text = result.stdout
     assert re.search(r"Images: biased \d+, reference \d+, test \d+, classifier \d+\. Label classifier: ", text)
     balance, samplers = text.split("Which sampler to trust")
-    assert re.search(r"^source +class 1 +class 2 +TV +", balance, flags=re.MULTILINE) or "class 1" in balance
+    assert re.search(r"class 1 +class 2 +TV +TV low +TV high +chance +TV - chance +worth +images", balance)
+    assert "its numbers mean nothing" in balance
     for source in ("biased_data", "prior", "snis", "hmc"):
         assert re.search(rf"^{source} +(\d\.\d+ +)", balance, flags=re.MULTILINE), source
     for row in ("prior snis", "prior hmc", "posterior snis", "posterior hmc"):
@@ -113,6 +134,10 @@ def test_success_prints_the_tables_and_writes_the_files(tmp_path, monkeypatch):
         ("--methods snis,gibbs", "methods must be among"),
         ("--methods ,", r"methods must be among .* got \(\)"),
         ("--num-samples 3", "num_samples must be at least 4 per chain, got 3"),
+        ("--max-seconds 0", "max_seconds must be a positive number, got 0"),
+        ("--device gpu", "device='gpu' is not available here .*; try 'cpu'"),
+        ("--device meta", "device='meta' is not available here .*; try 'cpu'"),
+        ("--resume --out /nowhere/at/all --data cifar", "data must be one of"),
         ("--latent-dim 0", "latent_dim must be a whole number of at least 1, got 0"),
     ],
 )
@@ -147,12 +172,17 @@ def test_missing_files_without_a_network(tmp_path, data, folder):
     message = re.sub(r"\s+", " ", result.stderr)
     assert f"{folder} is not complete in {tmp_path / 'data' / folder / 'raw'}" in message
     assert "train-images-idx3-ubyte" in message and "no network" in message
-    assert "on a machine with a network, or copy these four files into that folder" in message
+    assert "Try again on a machine with a network, or copy these four files into that folder" in message
+    assert "; --data-root names another folder" in message and "download=" not in message
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_class_that_is_not_there(tmp_path):
-    result = invoke("debias", *"--digits 0,12 --proportions 0.5,0.5 --out".split(), str(tmp_path))
+@pytest.mark.parametrize("command", ["debias", "debias-study --reference-sizes 10"])
+def test_a_rejected_run_leaves_no_folder(tmp_path, command):
+    out = tmp_path / "new" / "folder"
+    result = invoke(*command.split(), *"--digits 0,12 --proportions 0.5,0.5 --out".split(), str(out))
     assert result.exit_code == 2
+    assert not (tmp_path / "new").exists()
     assert re.search(r"classes must be among the labels of digits.*unknown: \[12\]", result.stderr)
 
 
@@ -170,7 +200,7 @@ def test_help_of_the_study_lists_the_options():
         assert re.search(rf"{option}\b", text), option
 
 
-def fake_study(error: str | None) -> Any:
+def fake_study(error: str | None, infeasible: str | None = None) -> Any:
     """What a study of two seeds and one method would have found."""
     import pandas as pd
 
@@ -178,8 +208,9 @@ def fake_study(error: str | None) -> Any:
 
     def run(config: Any, *, out: Any) -> Any:
         rows = [
-            {"method": "biased", "latent_dim": 2, "seed": seed, "reference_size": 0, "error": why, "tv": tv}
-            for seed, tv, why in ((0, 0.1, None), (1, 0.2, error))
+            {"method": "biased", "latent_dim": 2, "seed": seed, "reference_size": 0, "error": why, "infeasible": no}
+            | ({} if no else {"tv": tv})
+            for seed, tv, why, no in ((0, 0.1, None, None), (1, 0.2, error, infeasible))
         ]
         assert isinstance(config, StudyConfig)
         return StudyResult(config, pd.DataFrame(rows))
@@ -201,6 +232,15 @@ def test_the_study_names_cells_that_failed(tmp_path, monkeypatch):
     result = invoke("debias-study", "--out", str(tmp_path))
     assert result.exit_code == 1
     assert "failed: biased, 2 dimensions, 0 images, seed 1: ValueError: too few" in result.stderr
+
+
+def test_an_infeasible_cell_is_a_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_ebm.recipes.debias_study.debias_study", fake_study(None, "share of class 4"))
+    result = invoke("debias-study", "--quick", "--out", str(tmp_path))
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "not possible: biased, 2 dimensions, 0 images, seed 1: share of class 4" in result.stdout
+    assert re.search(r"^ *2 +0 +biased +1 +0\.100 ", result.stdout, flags=re.MULTILINE)
+    assert "its numbers mean nothing" in result.stdout
 
 
 def test_an_interrupted_study_says_how_to_continue(tmp_path, monkeypatch):

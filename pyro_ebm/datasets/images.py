@@ -156,7 +156,7 @@ def _load(
     files = [archive.removesuffix(".gz") for archive in archives]
     if not all((folder / file).is_file() for file in files):
         if not download:
-            raise FileNotFoundError(_how_to_get(name, folder, files, "and download=False"))
+            raise FileNotFoundError(_how_to_get(name, folder, files, "and download=False", "Call with download=True"))
         _download(source, root, folder, archives)
     try:
         data = source(os.fspath(root), train=train, download=False)
@@ -200,10 +200,10 @@ def _unreachable(mirrors: Sequence[str], filename: str) -> Exception | None:
     return failure
 
 
-def _how_to_get(name: str, folder: Path, files: Sequence[str], reason: str) -> str:
+def _how_to_get(name: str, folder: Path, files: Sequence[str], reason: str, retry: str = "Try again") -> str:
     return (
         f"{name} is not complete in {folder}, {reason}. Expected there: {', '.join(files)}. "
-        f"Call with download=True on a machine with a network, or copy these four files into that folder."
+        f"{retry} on a machine with a network, or copy these four files into that folder"
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_ebm.errors import InfeasibleError
+
 __all__ = ["independent_basis", "infeasible", "separation"]
 
 _REDUNDANT = 1e-8  # share of variance below which a combination of features is constant
@@ -26,7 +28,7 @@ def independent_basis(features: Tensor, target: Tensor, name: Name) -> Tensor:
         name: what feature j is called.
 
     Raises:
-        ValueError: nothing varies; a target that asks for another value of what does not.
+        InfeasibleError: nothing varies; a target that asks for another value of what does not.
     """
     mean, scale = features.mean(0), features.std(0, correction=0)
     size = features.abs().amax(0).clamp(min=1e-30)
@@ -41,13 +43,13 @@ def independent_basis(features: Tensor, target: Tensor, name: Name) -> Tensor:
         if float(wanted.abs()) > _MISFIT * float((direction * (mean / unit)).abs().max()) + 1e-6:
             part = direction / unit
             part = part / part[part.abs().argmax()]
-            raise ValueError(
+            raise InfeasibleError(
                 f"target contradicts the features: {_combination(part, name)} is {float(part @ mean):.6g} at all "
                 f"draws of the base, but the target makes it {float(part @ target):.6g}; no tilt changes that: make "
                 f"the target consistent"
             )
     if not bool(varies.any()):
-        raise ValueError("features do not vary under the base: there is nothing to tilt by")
+        raise InfeasibleError("features do not vary under the base: there is nothing to tilt by")
     basis = vectors[:, varies] / values[varies].sqrt() / unit[:, None]
     idle = torch.linalg.qr(vectors[:, ~varies] / unit[:, None])[0]
     return basis - idle @ (idle.T @ basis)  # multipliers along constant combinations do nothing: they stay zero
@@ -83,7 +85,7 @@ def separation(points: Tensor) -> tuple[Tensor, float]:
     return direction / norm, max(-float((points @ direction).max()), 0.0) / norm
 
 
-def infeasible(features: Tensor, basis: Tensor, target: Tensor, name: Name) -> ValueError:
+def infeasible(features: Tensor, basis: Tensor, target: Tensor, name: Name) -> InfeasibleError:
     """The error that says why no tilt has these means.
 
     Args:
@@ -107,7 +109,7 @@ def infeasible(features: Tensor, basis: Tensor, target: Tensor, name: Name) -> V
             f"{name(j)} is to be {target[j]:.4g}, its range is [{low[j]:.4g}, {high[j]:.4g}]" for j in listed
         )
     where = "outside" if outside or beyond else "at the boundary of"
-    return ValueError(
+    return InfeasibleError(
         f"target is infeasible: it lies {where} what any tilt of the base was seen to reach: {what}; ask for means "
         f"inside what the features can take"
     )

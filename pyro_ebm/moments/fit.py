@@ -12,7 +12,7 @@ from torch.distributions import Distribution, biject_to
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy, as_energy
-from pyro_ebm.errors import InferenceError, InferenceWarning, report
+from pyro_ebm.errors import InfeasibleError, InferenceError, InferenceWarning, report
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
 from pyro_ebm.inference.annealing.smc import SMC
@@ -101,9 +101,9 @@ def fit_moments(
 
     Raises:
         TypeError: energy not a :class:`MomentEnergy`.
-        ValueError: a target of the wrong shape, not finite, that contradicts a constant combination of features
-            (probabilities that must sum to one), or outside or at the boundary of what any tilt can reach; features
-            not finite.
+        ValueError: a target of the wrong shape, or not finite; features not finite.
+        InfeasibleError: (a ValueError) a target that contradicts a constant combination of features (probabilities that
+            must sum to one), or lies outside or at the boundary of what any tilt can reach.
         InferenceError: a target not reached in 16 rounds, or that draws of the base cannot tell; with ``strict``,
             where an :class:`InferenceWarning` would be given.
 
@@ -285,7 +285,7 @@ class _Search:
             f"{cloud.moments(lam)[0].tolist()} so far: it lies very far from the base, or hardly inside what can be"
         )
 
-    def infeasible(self) -> ValueError:
+    def infeasible(self) -> InfeasibleError:
         return infeasible(torch.cat(self.seen), self.basis, self.target, self.name)
 
     def refuse_if_outside(self, cloud: Cloud) -> None:

@@ -12,11 +12,15 @@ from typing import Any
 
 from pyro_ebm.checks import whole_number
 
-__all__ = ["DATASETS", "METHODS", "DebiasConfig", "Schedule"]
+__all__ = ["DATASETS", "METHODS", "NUM_SAMPLES", "QUICK", "DebiasConfig", "Schedule"]
 
 # Those of sample() but "auto": a comparison names what it compares. Not imported, so that --help is quick.
 METHODS = ("snis", "chees", "nuts", "hmc", "mala", "ula", "smc")
 DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist")
+# Of digits, and of the larger sets: a total variation distance near zero takes some hundred effective draws per class
+# to be seen.
+NUM_SAMPLES = (4_000, 12_000)
+QUICK = "A quick run: it shows that everything works, and its numbers mean nothing."
 _DEFAULT_PROPORTIONS = (0.12, 0.33, 0.28, 0.20, 0.07)
 
 
@@ -107,8 +111,7 @@ class DebiasConfig:
         plain: dict[str, Any] = {
             name: index(getattr(self, name)) for name in ("latent_dim", "num_chains", "seed")
         }
-        # A total variation distance near zero needs some hundred effective draws per class to be seen.
-        default = 4000 if self.data == "digits" else 12000
+        default = NUM_SAMPLES[self.data != "digits"]
         plain["num_samples"] = default if self.num_samples is None else index(self.num_samples)
         plain["max_seconds"], plain["device"] = float(self.max_seconds), str(self.device)
         plain["digits"] = tuple(index(digit) for digit in self.digits)

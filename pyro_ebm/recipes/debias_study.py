@@ -42,8 +42,9 @@ class StudyResult:
             probability of the most probable class. ``diversity``: distances within a class relative to those of real
             images, mean over classes (``least_diversity``: the worst class). ``kl``: from the prior to its
             tilt, in nats. ``seconds``: training and sampling, the biased VAE excluded. ``auc`` and ``weights_ess``: of
-            the density ratio. ``proposal_ess``, ``pareto_k``, ``sampler``: how the tilt was sampled. ``error``
-            and ``notes``: what went wrong, and what was warned of.
+            the density ratio. ``proposal_ess``, ``pareto_k``, ``sampler``: how the tilt was sampled. ``infeasible``:
+            why no tilt has the shares asked for, where none has. ``error`` and ``notes``: what went wrong, and what
+            was warned of.
     """
 
     config: StudyConfig
@@ -54,14 +55,24 @@ class StudyResult:
         """Rows of the cells that failed."""
         return self.table[self.table["error"].notna()]
 
+    @property
+    def infeasible(self) -> pd.DataFrame:
+        """Rows of the cells that found that there is no such tilt."""
+        return self.table[self._without_tilt(self.table)]
+
+    @staticmethod
+    def _without_tilt(table: pd.DataFrame) -> pd.Series:
+        return table.reindex(columns=["infeasible"])["infeasible"].notna()
+
     def summary(self) -> pd.DataFrame:
         """Means over seeds, and their standard errors in columns ``*_se`` (NaN from a single seed).
 
         Returns:
-            Indexed by latent dimension, reference size and method; ``seeds``: cells that did not fail.
+            Indexed by latent dimension, reference size and method; ``seeds``: cells with numbers.
         """
         table = self.table.reindex(columns=[*self.table.columns, *set(_METRICS).difference(self.table.columns)])
-        table = table.assign(seeds=table["error"].isna().astype(int)).astype(dict.fromkeys(_METRICS, float))
+        numbers = table["error"].isna() & ~self._without_tilt(table)
+        table = table.assign(seeds=numbers.astype(int)).astype(dict.fromkeys(_METRICS, float))
         groups = table.groupby(_GRID, sort=False)
         means, errors = groups[_METRICS].mean(), groups[_METRICS].sem().add_suffix("_se")
         columns = [name for metric in _METRICS for name in (metric, f"{metric}_se")]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_ebm.diagnostics.arviz_bridge import save_arviz, to_arviz
-from pyro_ebm.files import write_whole
+from pyro_ebm.files import replacing, write_whole
 from pyro_ebm.recipes.debias_config import METHODS
 from pyro_ebm.recipes.debias_figures import write_figures
 from pyro_ebm.recipes.debias_report import debias_report
@@ -54,11 +54,11 @@ def write_results(result: DebiasResult, folder: Path) -> None:
     # NaN is no JSON: what is unknown is null.
     summary = json.dumps(_jsonable(result.summary), indent=2, allow_nan=False)
     write_whole(folder / "summary.json", summary + "\n")
-    result.comparison.to_csv(folder / "comparison.csv", index=False)
+    write_whole(folder / "comparison.csv", result.comparison.to_csv(index=False))
     for method, draws in result.prior_draws.items():
-        save_arviz(to_arviz(draws, dims={"z": ["latent"]}, log_likelihood=False), folder / f"draws_{method}.nc")
-    best = folder / f"draws_{result.best_method}.nc"
-    best.replace(folder / "draws.nc")
+        name = "draws.nc" if method == result.best_method else f"draws_{method}.nc"
+        with replacing(folder / name) as path:
+            save_arviz(to_arviz(draws, dims={"z": ["latent"]}, log_likelihood=False), path)
     save_weights(result.vae, folder / "vae.pt")
     save_weights(result.energy, folder / "energy.pt")
     figures = write_figures(result, folder / "figures")

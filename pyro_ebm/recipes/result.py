@@ -14,7 +14,7 @@ from pyro_ebm.energies import Energy
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import LogLikelihood
 from pyro_ebm.models.vae import VAE
-from pyro_ebm.recipes.debias_config import DebiasConfig
+from pyro_ebm.recipes.debias_config import QUICK, DebiasConfig
 from pyro_ebm.recipes.steps import MAX_CHANCE, prior_model
 from pyro_ebm.tilts.tilt import TiltedModel, tilt
 from pyro_ebm.training.fit import FitResult
@@ -91,7 +91,7 @@ def remarks_on(
         balances: image source -> class balance.
     """
     if config.quick:
-        yield "A quick run: it shows that everything works, and its numbers mean nothing."
+        yield QUICK
     for name, fit in fits.items():
         if fit.stopped not in ("epochs", "early stopping"):
             yield f"Training of {name} ended before its time, after {fit.epochs} epochs: {fit.stopped}."

@@ -21,7 +21,7 @@ from pyro_ebm.diagnostics.balance import (
     mean_confidence,
 )
 from pyro_ebm.energies import Energy
-from pyro_ebm.errors import InferenceWarning, TrainingWarning
+from pyro_ebm.errors import InfeasibleError, InferenceWarning, TrainingWarning
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
 from pyro_ebm.inference.draws import Draws
@@ -109,12 +109,13 @@ class Bench:
 def run_cell(bench: Bench, cell: Cell) -> Row:
     """Train, generate and judge; what goes wrong is in the row, under ``"error"``.
 
+    Shares of the classes that no tilt of the VAE's prior has are no fault but a result, under ``"infeasible"``.
     ``seconds`` is what the method takes beyond the biased VAE, judging excluded; ``notes`` holds the warnings.
 
     Raises:
         KeyboardInterrupt: also where :func:`fit` took an interruption for the end of training.
     """
-    row: Row = {**cell._asdict(), "error": None}
+    row: Row = {**cell._asdict(), "error": None, "infeasible": None}
     with warnings.catch_warnings(record=True) as caught:
         for category in (InferenceWarning, TrainingWarning):
             warnings.simplefilter("always", category)
@@ -128,6 +129,8 @@ def run_cell(bench: Bench, cell: Cell) -> Row:
             row["seconds"] = time.perf_counter() - began
             row |= {**trained.facts, **({} if sampled is None else sampled.facts)}
             row |= {**_judge_images(bench, vae, sampled), **_judge_fit(bench, trained, sampled)}
+        except InfeasibleError as error:
+            row["infeasible"] = str(error)
         except Exception as error:  # one cell that fails must not end a study of hours
             row["error"] = f"{type(error).__name__}: {error}"
     notes = []

@@ -11,9 +11,15 @@ from typing import Any, NamedTuple
 
 from pyro_ebm.recipes.debias_config import DebiasConfig, Schedule
 
-__all__ = ["METHODS", "Cell", "StudyConfig"]
+__all__ = ["GRID", "METHODS", "Cell", "StudyConfig"]
 
 METHODS = ("biased", "reference_only", "fine_tuned", "importance_weighted", "tilt", "constraint")
+# Of digits, and of the larger sets.
+GRID: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "reference_sizes": ((25, 105), (50, 250, 1000, 3425)),
+    "latent_dims": ((2, 10), (2, 10, 32, 64)),
+    "seeds": ((0, 1, 2), (0, 1, 2)),
+}
 _WITHOUT_REFERENCE = ("biased", "constraint")
 # Raise it when a change of the code makes cells computed before it incomparable with later ones.
 _VERSION = 2
@@ -66,12 +72,7 @@ class StudyConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        small = self.data == "digits"
-        defaults: dict[str, tuple[int, ...]] = {
-            "reference_sizes": (25, 105) if small else (50, 250, 1000, 3425),
-            "latent_dims": (2, 10) if small else (2, 10, 32, 64),
-            "seeds": (0, 1, 2),
-        }
+        defaults = {name: grid[self.data != "digits"] for name, grid in GRID.items()}
         least = {"reference_sizes": 2 * len(self.digits), "latent_dims": 1, "seeds": 0}
         for name, default in defaults.items():
             given = getattr(self, name)

@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from pyro_ebm import (
     VAE,
+    InfeasibleError,
     InferenceError,
     InferenceWarning,
     LabelClassifier,
@@ -174,27 +175,27 @@ def test_a_tilt_of_a_tilt_far_from_the_base():
 def test_targets_no_law_can_have():
     die = dist.Categorical(torch.ones(6))
     faces = MomentEnergy(lambda v: (v + 1.0)[..., None], names=["face"])
-    with pytest.raises(ValueError, match=r"outside what any tilt .* 'face' is to be 7, its range is \[1, 6\]"):
+    with pytest.raises(InfeasibleError, match=r"outside what any tilt .* 'face' is to be 7, its range is \[1, 6\]"):
         fit_moments(die, faces, 7.0)
-    with pytest.raises(ValueError, match=r"at the boundary of what .* 'face' is to be 6, its range is \[1, 6\]"):
+    with pytest.raises(InfeasibleError, match=r"at the boundary of what .* 'face' is to be 6, its range is \[1, 6\]"):
         fit_moments(die, faces, 6.0)
     assert faces.multipliers is None  # a failed fit leaves it as it was
     pair = MomentEnergy(lambda v: torch.stack([v + 1.0, (v + 1.0) ** 2], -1))
     together = "feature 0 - 0.172 . feature 1 is to be 1.538 and is at most 1.452"
-    with pytest.raises(ValueError, match=f"outside what any tilt .* {together}"):
+    with pytest.raises(InfeasibleError, match=f"outside what any tilt .* {together}"):
         fit_moments(die, pair, [3.0, 8.5])  # each alone is possible, a variance of -1/2 is not
 
 
 def test_a_variance_below_zero_is_found_out_by_going_there():
-    with pytest.raises(ValueError, match=r"outside what any tilt .* 'square' is to be -1, its range is \["):
+    with pytest.raises(InfeasibleError, match=r"outside what any tilt .* 'square' is to be -1, its range is \["):
         fit_moments(dist.Normal(0.0, 1.0), powers(), [0.5, -1.0], num_samples=2048, seed=0)
-    with pytest.raises(ValueError, match="outside what any tilt .* 'square' is to be -1"):
+    with pytest.raises(InfeasibleError, match="outside what any tilt .* 'square' is to be -1"):
         fit_moments(dist.Normal(0.0, 1.0), powers(), [0.5, -1.0], method="importance", seed=0)
 
 
 def test_an_event_of_probability_one_lies_at_the_boundary():
     energy = MomentEnergy(lambda z: (z[..., :1] > 0.5).float(), names=["right"])
-    with pytest.raises(ValueError, match="at the boundary of what any tilt .* 'right' is to be 1"):
+    with pytest.raises(InfeasibleError, match="at the boundary of what any tilt .* 'right' is to be 1"):
         fit_moments(normal(2), energy, [1.0], method="importance", seed=0)
 
 
@@ -202,12 +203,12 @@ def test_probabilities_must_sum_to_one():
     def soft(z):
         return (3 * z).softmax(-1)
 
-    with pytest.raises(ValueError, match=r"feature 0 \+ feature 1 \+ feature 2 is 1 at all .* makes it 1.1"):
+    with pytest.raises(InfeasibleError, match=r"feature 0 \+ feature 1 \+ feature 2 is 1 at all .* makes it 1.1"):
         fit_moments(normal(3), MomentEnergy(soft), [0.2, 0.3, 0.6], seed=0)
     found = fit_moments(normal(3), MomentEnergy(soft), [0.2, 0.3, 0.5], seed=0)
     assert_reached(found)
     assert found.multipliers.sum().abs() < 1e-4
-    with pytest.raises(ValueError, match=r"outside what any tilt .* feature 0 is to be -0.1, its range"):
+    with pytest.raises(InfeasibleError, match=r"outside what any tilt .* feature 0 is to be -0.1, its range"):
         fit_moments(normal(3), MomentEnergy(soft), [-0.1, 0.3, 0.8], method="importance", seed=0)
 
 
@@ -216,9 +217,9 @@ def test_constant_features():
     found = fit_moments(dist.Normal(0.0, 1.0), energy, [0.3, 2.0], seed=0)
     within(found.multipliers[0], 0.3, found.multipliers_se[0])
     assert found.multipliers[1] == 0
-    with pytest.raises(ValueError, match="feature 1 is 2 at all draws of the base, but the target makes it 3"):
+    with pytest.raises(InfeasibleError, match="feature 1 is 2 at all draws of the base, but the target makes it 3"):
         fit_moments(dist.Normal(0.0, 1.0), energy, [0.3, 3.0], seed=0)
-    with pytest.raises(ValueError, match="features do not vary under the base"):
+    with pytest.raises(InfeasibleError, match="features do not vary under the base"):
         fit_moments(dist.Normal(0.0, 1.0), MomentEnergy(lambda z: torch.ones_like(z)[..., None]), 1.0, seed=0)
 
 
@@ -243,7 +244,7 @@ def test_weights_that_cannot_be_trusted():
         fit_moments(normal(8), identity(), [2.5] + [0.0] * 7, **options)
     with pytest.raises(InferenceError, match="the weights are not reliable"):
         fit_moments(normal(8), identity(), [2.5] + [0.0] * 7, strict=True, **options)
-    with pytest.raises(ValueError, match="feature 0 is to be 9, its range"):
+    with pytest.raises(InfeasibleError, match="feature 0 is to be 9, its range"):
         fit_moments(normal(8), identity(), [9.0] + [0.0] * 7, **options)
 
 

@@ -253,6 +253,18 @@ def test_the_methods_share_the_biased_vae(monkeypatch):
 # -------------------------------------------------------------------------------------- failures
 
 
+def test_shares_that_no_tilt_has_are_a_result(tmp_path, computed):
+    """After two epochs the decoder shows no digit: what the classifier says of it hardly varies."""
+    settings = {**SMALL, "methods": ("biased", "constraint")}
+    for _ in range(2):  # the second time there is nothing to compute
+        result = debias_study(out=tmp_path, **settings)
+    assert computed == ["biased-d1-s0", "constraint-d1-s0"]
+    assert len(result.failures) == 0 and list(result.infeasible["method"]) == ["constraint"]
+    assert "share of class" in result.infeasible["infeasible"].item()
+    assert list(result.summary()["seeds"]) == [1, 0]
+    assert pd.read_csv(tmp_path / "study.csv")["infeasible"].notna().sum() == 1
+
+
 def test_a_cell_that_fails_is_recorded_and_tried_again(tmp_path, monkeypatch, computed):
     def broken(bench: Bench, cell: Cell) -> Any:
         raise RuntimeError("out of luck")
