@@ -34,6 +34,7 @@ _EXPORTS = {
     "objectives.sampling_bound": ["SamplingBound", "snis_log_likelihood"],
     "objectives.short_run": ["ShortRun"],
     "objectives.running_control": ["RunningControl"],
+    "training.callbacks": ["EpochEnd"],
     "training.fit": ["FitResult", "fit", "load_weights", "save_weights"],
     "inference.draws": ["Draws"],
     "estimates": ["Estimate", "BoundedEstimate"],

@@ -202,6 +202,9 @@ from pyro_ebm.tilts.tilt import (
     TiltedModel,
     tilt,
 )
+from pyro_ebm.training.callbacks import (
+    EpochEnd,
+)
 from pyro_ebm.training.fit import (
     FitResult,
     fit,
@@ -226,6 +229,7 @@ __all__ = [
     "DensityRatio",
     "Draws",
     "Energy",
+    "EpochEnd",
     "Estimate",
     "FirstOrder",
     "FitResult",

@@ -8,13 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Tensors", "batches", "checked_data", "checked_validation", "split_data"]
+from pyro_ebm.arrays import as_tensor
+
+__all__ = [
+    "Tensors",
+    "batches",
+    "checked_data",
+    "checked_share",
+    "checked_validation",
+    "held_apart_and_rest",
+    "take",
+]
 
 Tensors = tuple[Tensor, ...]
 
 
 def checked_data(name: str, data: Any) -> Tensors:
-    """The data as a tuple of tensors with one first dimension and finite values."""
+    """The data as a tuple of tensors with one first dimension and finite values; arrays and tables as tensors."""
+    data = tuple(map(as_tensor, data)) if isinstance(data, tuple | list) else as_tensor(data)
     if isinstance(data, Tensor):
         tensors: Tensors = (data,)
     elif isinstance(data, tuple | list) and data and all(isinstance(item, Tensor) for item in data):
@@ -22,8 +33,8 @@ def checked_data(name: str, data: Any) -> Tensors:
     else:
         kinds = [type(item).__name__ for item in (data if isinstance(data, tuple | list) else [data])]
         raise TypeError(
-            f"{name} must be a tensor or a tuple of tensors, got {', '.join(kinds) or 'an empty tuple'}; "
-            "convert with torch.as_tensor"
+            f"{name} must be a tensor, an array or a table, or a tuple of these, got "
+            f"{', '.join(kinds) or 'an empty tuple'}; convert with torch.as_tensor"
         )
     lengths = [t.shape[0] if t.ndim else None for t in tensors]
     if len(set(lengths)) > 1 or None in lengths or 0 in lengths:
@@ -42,19 +53,19 @@ def checked_data(name: str, data: Any) -> Tensors:
     return tensors
 
 
-def checked_validation(validation: Any, data: Tensors) -> float | Tensors:
-    """A share of the data in [0, 1), or validation data with the shapes of the training data."""
-    if validation is None:
+def checked_share(share: float | None, num: int) -> float:
+    """A share of ``num`` data, in [0, 1), that leaves something to train on; 0 for None."""
+    if share is None:
         return 0.0
-    if isinstance(validation, int | float):
-        if isinstance(validation, bool) or not 0 <= validation < 1:
-            raise ValueError(
-                f"validation must be a share of the data in [0, 1), data, or None, got {validation!r}"
-            )
-        num, held_apart = data[0].shape[0], _num_held_apart(validation, data)
-        if held_apart >= num:
-            raise ValueError(f"validation={validation!r} leaves none of {num} data to train on; pass None")
-        return float(validation)
+    if isinstance(share, bool) or not 0 <= share < 1:
+        raise ValueError(f"validation must be a share of the data in [0, 1), data, or None, got {share!r}")
+    if _num_held_apart(share, num) >= num:
+        raise ValueError(f"validation={share!r} leaves none of {num} data to train on; pass None")
+    return float(share)
+
+
+def checked_validation(validation: Any, data: Tensors) -> Tensors:
+    """Validation data with the shapes of the training data."""
     tensors = checked_data("validation", validation)
     if [t.shape[1:] for t in tensors] != [t.shape[1:] for t in data]:
         raise ValueError(
@@ -64,15 +75,11 @@ def checked_validation(validation: Any, data: Tensors) -> float | Tensors:
     return tensors
 
 
-def split_data(data: Tensors, validation: float | Tensors, seed: int) -> tuple[Tensors, Tensors | None]:
-    """Data to train on, and data to validate on or None."""
-    if isinstance(validation, tuple):
-        return data, validation
-    held_apart = _num_held_apart(validation, data)
-    if held_apart == 0:
-        return data, None
-    order = torch.randperm(data[0].shape[0], generator=torch.Generator().manual_seed(seed))
-    return _take(data, order[held_apart:]), _take(data, order[:held_apart])
+def held_apart_and_rest(num: int, share: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Which of ``num`` data to train on, and which to validate on (None for a share of zero)."""
+    size = _num_held_apart(share, num)
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return order[size:], order[:size] if size else None
 
 
 def batches(data: Tensors, size: int, device: torch.device, order: Tensor | None = None) -> Iterator[Tensors]:
@@ -86,10 +93,11 @@ def batches(data: Tensors, size: int, device: torch.device, order: Tensor | None
         yield tuple(t.index_select(0, i).to(device) for t, i in zip(data, indices, strict=True))
 
 
-def _num_held_apart(share: float, data: Tensors) -> int:
+def _num_held_apart(share: float, num: int) -> int:
     # A share above zero holds something apart even of few data.
-    return max(1, round(share * data[0].shape[0])) if share > 0 else 0
+    return max(1, round(share * num)) if share > 0 else 0
 
 
-def _take(data: Tensors, index: Tensor) -> Tensors:
+def take(data: Tensors, index: Tensor) -> Tensors:
+    """The rows of an index, of each tensor."""
     return tuple(tensor.index_select(0, index.to(tensor.device)) for tensor in data)

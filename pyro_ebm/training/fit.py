@@ -23,15 +23,16 @@ from pyro_ebm.errors import CheckpointError, TrainingWarning, warn_user
 from pyro_ebm.modules import evaluation_mode, modules_of, name_of
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import tilt_of
+from pyro_ebm.training.callbacks import Callback, checked_callbacks, tell
 from pyro_ebm.training.checkpoints import load_weights, read, require_writable, save_weights
-from pyro_ebm.training.data import checked_data, checked_validation, split_data
 from pyro_ebm.training.guard import TrainingStopped
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.run import Group, Run
+from pyro_ebm.training.sources import source_of, split_of, validation_of
 
 __all__ = ["FitResult", "fit", "load_weights", "save_weights"]
 
-Data = Tensor | Sequence[Tensor]
+Data = Any  # tensors, arrays, tables, tuples of them, a Dataset, a DataLoader
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
@@ -46,7 +47,7 @@ class FitResult:
         validation_loss: loss per datum at the end of each epoch; empty without validation.
         best_epoch: epoch, counted from 1, whose weights were kept; 0: the weights before training.
         epochs: epochs finished, those before a resume included.
-        stopped: ``"epochs"``, ``"early stopping"``, ``"interrupted"``, ``"non-finite loss"`` or
+        stopped: ``"epochs"``, ``"early stopping"``, ``"callback"``, ``"interrupted"``, ``"non-finite loss"`` or
             ``"degenerate weights"`` (log Z came to rest on one or two draws of its base).
         seconds: wall-clock seconds, those before a resume included.
         seed: the seed used; pass it for the same run again.
@@ -94,6 +95,7 @@ def fit(
     checkpoint_every: int = 10,
     resume: bool = False,
     seed: int | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> FitResult:
     """Train a model and guide by stochastic gradients on an ELBO, or on any other loss.
@@ -111,7 +113,9 @@ def fit(
     Args:
         model: a Pyro model, called with one minibatch of each data tensor.
         guide: its guide, called with the same.
-        data: a tensor, or several with the same first dimension, along which minibatches are taken.
+        data: a tensor, array or table, or several with the same first dimension, along which minibatches are taken. Of
+            a ``Dataset`` items are read when their minibatch comes. A ``DataLoader`` has its own batches (no
+            ``batch_size=``) and order: it follows ``seed``, and resumes exactly, unless it has its own generator.
         objective: a Pyro ELBO such as ``pyro.infer.Trace_ELBO()`` (the default), or a function
             ``(model, guide, *batch)`` that returns the loss as a scalar, summed over the batch. An object
             may also have ``validation(model, guide, *batch)``, the loss to validate with where its own is no
@@ -133,6 +137,9 @@ def fit(
         checkpoint_every: epochs between two writes; the end or an interruption is written as well.
         resume: continue from ``checkpoint``, exactly as if the run had never stopped.
         seed: seed of split, order and noise; None: drawn from the global generator.
+        callbacks: functions called after each epoch with an :class:`EpochEnd`; ``state.stop()`` ends the training.
+            To TensorBoard: ``lambda state: writer.add_scalar("loss", state.train_loss[-1], state.epoch)``. Where one
+            raises, the epoch is in the checkpoint first.
         progress: show a progress bar.
 
     Returns:
@@ -153,8 +160,9 @@ def fit(
         ('epochs', 3)
     """
     _check_numbers(epochs, batch_size, patience, clip_grad_norm, checkpoint_every, seed)
-    tensors = checked_data("data", data)
-    held_apart = checked_validation(validation, tensors)
+    source = source_of("data", data)
+    held_apart = validation_of(validation, source)
+    checked_callbacks(callbacks)
     losses = _objectives(objective, train, model, guide)
     saved = _saved_run(checkpoint, resume)
     if seed is None:
@@ -163,13 +171,13 @@ def fit(
         # The loop finds these itself and says more about them.
         warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
         found = modules_of(model, guide)
-        _set_up(found, losses[0], [t[:batch_size] for t in tensors])
+        _set_up(found, losses[0], lambda: source.first(batch_size))
         groups = _modules_to_train(train, found)
         with _only_training([m for group in groups for m in group], found) as parameters:
             made = _make_optimizer(optimizer, parameters)
             run = Run(
                 _with_losses(groups, losses, parameters), made,
-                *split_data(tensors, held_apart, seed),
+                *split_of(source, held_apart, seed),
                 batch_size=batch_size, clip_grad_norm=clip_grad_norm, seed=seed, named=train is not None,
                 scheduler=_make_scheduler(scheduler, made),
                 frozen=[m for m in found if not any(p.requires_grad for p in m.parameters())],
@@ -177,7 +185,7 @@ def fit(
             if saved:
                 run.load(saved, str(checkpoint))
             bar = _bar(epochs, run.progress.epoch, _bar_name(model) if progress else None)
-            stopped, trouble = _loop(run, epochs, patience, checkpoint, checkpoint_every, bar)
+            stopped, trouble = _loop(run, epochs, patience, checkpoint, checkpoint_every, bar, callbacks)
     if trouble:
         warn_user(trouble, TrainingWarning)
     past = run.progress
@@ -187,15 +195,16 @@ def fit(
 
 
 def _loop(
-    run: Run, epochs: int, patience: int | None, path: str | Path | None, every: int, bar: Any
+    run: Run, epochs: int, patience: int | None, path: str | Path | None, every: int, bar: Any,
+    callbacks: Sequence[Callback],
 ) -> tuple[str, str | None]:
     """Run the epochs; return why they ended and, where that was no regular end, what to tell."""
     past, started, seconds_before = run.progress, time.perf_counter(), run.progress.seconds
-    exhausted = False
+    exhausted = asked = False
     try:
         with bar:
             run.keep(path is not None)
-            while past.epoch < epochs and not (exhausted := _exhausted(run, patience)):
+            while past.epoch < epochs and not asked and not (exhausted := _exhausted(run, patience)):
                 run.one_epoch()
                 past.seconds = seconds_before + time.perf_counter() - started
                 run.keep(path is not None)
@@ -203,8 +212,9 @@ def _loop(
                 bar.set_postfix(past.latest())
                 if path is not None and past.epoch % every == 0:
                     run.save(path)
+                asked = tell(callbacks, run, path)
             exhausted = exhausted or _exhausted(run, patience)
-        stopped, trouble = ("early stopping" if exhausted else "epochs"), None
+        stopped, trouble = "callback" if asked else "early stopping" if exhausted else "epochs", None
         if run.guard.doubtful:
             trouble = f"{run.guard.problem(f'in epoch {past.epoch}')}; {run.kept()}"
     except KeyboardInterrupt:
@@ -253,12 +263,12 @@ def _saved_run(checkpoint: str | Path | None, resume: bool) -> dict[str, Any] | 
     return saved
 
 
-def _set_up(found: list[nn.Module], loss: Objective, batch: list[Tensor]) -> None:
+def _set_up(found: list[nn.Module], loss: Objective, batch: Callable[[], Sequence[Tensor]]) -> None:
     """Call once what makes its parameters only when it is first called, as Pyro's autoguides do."""
     if any(isinstance(m, PyroModule) or not any(True for _ in m.parameters()) for m in found):
         state = loss.state()
         with torch.no_grad(), evaluation_mode(*found):
-            loss.value(*batch)
+            loss.value(*batch())
         loss.load_state(state)
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.errors import CheckpointError
-from pyro_ebm.randomness import fingerprint, forked_rng
+from pyro_ebm.randomness import forked_rng
 from pyro_ebm.tilts.normalizer import weights_reported_to
 from pyro_ebm.training.checkpoints import load_into, require_match, weights_of, write
-from pyro_ebm.training.data import Tensors, batches
+from pyro_ebm.training.data import Tensors
 from pyro_ebm.training.guard import WeightGuard, require_finite
 from pyro_ebm.training.objective import Objective
+from pyro_ebm.training.sources import Source
 
 __all__ = ["Group", "Progress", "Run"]
 
@@ -89,8 +90,8 @@ class Run:
         self,
         groups: Sequence[Group],
         optimizer: torch.optim.Optimizer,
-        data: Tensors,
-        validation: Tensors | None,
+        data: Source,
+        validation: Source | None,
         *,
         batch_size: int,
         clip_grad_norm: float | None,
@@ -108,7 +109,7 @@ class Run:
         self.device = self.parameters[0].device
         self.order = torch.Generator().manual_seed(seed + 1)
         self.progress = Progress()
-        self.guard = WeightGuard(math.ceil(data[0].shape[0] / batch_size))
+        self.guard = WeightGuard(data.num_batches(batch_size))
         self.best = weights_of(self.trained)
         self._named, self._frozen = named, frozen
         self._resumable: dict[str, Any] = {}
@@ -137,15 +138,14 @@ class Run:
 
     def _train(self) -> float:
         """One pass over the data; the mean loss of the first group's steps."""
-        num, total = self.data[0].shape[0], 0.0
-        order = torch.randperm(num, generator=self.order)
-        for step, batch in enumerate(batches(self.data, self.batch_size, self.device, order), start=1):
+        num, total = 0, 0.0
+        for step, batch in enumerate(self.data.batches(self.batch_size, self.device, self.order), start=1):
             losses = []
             for group in self.groups:
                 if step == 1 or len(self.groups) > 1:
                     self._set_modes(group)
                 losses.append(self._step(group, step, batch))
-            total += losses[0] * batch[0].shape[0]
+            total, num = total + losses[0] * batch[0].shape[0], num + batch[0].shape[0]
         return total / num
 
     def _set_modes(self, group: Group) -> None:
@@ -184,14 +184,14 @@ class Run:
             if id(p) not in inside:
                 p.grad = None
 
-    def _validate(self, data: Tensors) -> float:
+    def _validate(self, data: Source) -> float:
         for module in self.trained:
             module.eval()
         # The same noise at each epoch, so that a difference between epochs is one between weights.
         with forked_rng(self.seed + 2):
             measure = self.groups[0].loss.validation
-            total = sum(measure(*batch) for batch in batches(data, self.batch_size, self.device))
-        return total / data[0].shape[0]
+            parts = [(measure(*b), b[0].shape[0]) for b in data.batches(self.batch_size, self.device)]
+        return sum(loss for loss, _ in parts) / sum(num for _, num in parts)
 
     def _where(self, place: str) -> str:
         return f"in epoch {self.progress.epoch + 1} at {place}"
@@ -244,8 +244,8 @@ class Run:
                 "scheduler_class": type(self.scheduler).__name__,
                 "seed": self.seed,
                 "batch_size": self.batch_size,
-                "data": fingerprint(self.data),
-                "validation": fingerprint(self.validation or ()),
+                "data": self.data.fingerprint(),
+                "validation": None if self.validation is None else self.validation.fingerprint(),
                 # None for one group, which is what older files have.
                 "groups": [[self.trained.index(m) for m in g.modules] for g in self.groups] if turns else None,
             }

@@ -446,7 +446,7 @@ def test_files_that_cannot_be(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"data": [[1.0]]}, TypeError, "data must be a tensor or a tuple of tensors, got list"),
+        ({"data": [[1.0]]}, TypeError, "data must be a tensor, an array or a table, or a tuple of these, got list"),
         ({"data": ()}, TypeError, "data must be .*got an empty tuple"),
         ({"data": (torch.ones(3, 1), torch.ones(4))}, ValueError, "data must hold .* same first dimension"),
         ({"data": torch.ones(())}, ValueError, "data must hold tensors with the same first dimension"),

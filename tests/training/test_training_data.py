@@ -7,13 +7,21 @@ import math
 import pytest
 import torch
 
-from pyro_ebm.training.data import batches, checked_data, checked_validation, split_data
+from pyro_ebm.training.data import batches, checked_data, checked_validation
+from pyro_ebm.training.sources import source_of, split_of, validation_of
 
 CPU = torch.device("cpu")
 
 
 def pair(num=10):
     return torch.arange(float(num))[:, None], torch.arange(num)
+
+
+def split_data(data, validation, seed):
+    """The tensors to train on, and those to validate on or None."""
+    source = source_of("data", data)
+    split = split_of(source, validation_of(validation, source), seed)
+    return [None if part is None else part.tensors for part in split]
 
 
 @pytest.mark.parametrize(
@@ -37,8 +45,7 @@ def test_the_seed_decides_which(rng_untouched):
 
 def test_nothing_is_held_apart_where_nothing_is_asked_for():
     for validation in (0, 0.0, None):
-        share = checked_validation(validation, pair())
-        train, rest = split_data(pair(), share, seed=0)
+        train, rest = split_data(pair(), validation, seed=0)
         assert rest is None and torch.equal(train[1], torch.arange(10))
 
 
@@ -50,7 +57,7 @@ def test_data_given_for_validation_are_used_as_they_are():
 
 def test_a_share_that_takes_all_is_refused():
     with pytest.raises(ValueError, match="validation=0.99 leaves none of 3 data to train on; pass None"):
-        checked_validation(0.99, pair(3))
+        split_data(pair(3), 0.99, seed=0)
     with pytest.raises(ValueError, match="validation must be finite, got 1 NaN or infinite values of 2"):
         checked_validation(torch.tensor([1.0, math.nan]), (torch.ones(5),))
     with pytest.raises(ValueError, match=r"form of data, got shapes \[\(2,\)\] beside \[\(10, 1\), \(10,\)\]"):

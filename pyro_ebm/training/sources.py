@@ -1,0 +1,205 @@
+"""What training data can be: tensors in memory, a Dataset read item by item, a DataLoader as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from pyro_ebm.arrays import as_tensor, as_tensors
+from pyro_ebm.randomness import fingerprint, forked_rng
+from pyro_ebm.training.data import (
+    Tensors,
+    batches,
+    checked_data,
+    checked_share,
+    checked_validation,
+    held_apart_and_rest,
+    take,
+)
+
+__all__ = ["Source", "source_of", "split_of", "validation_of"]
+
+
+class Source(Protocol):
+    """Data as minibatches."""
+
+    def num_batches(self, size: int) -> int:
+        """Minibatches of one pass."""
+
+    def batches(self, size: int, device: torch.device, order: torch.Generator | None = None) -> Iterator[Tensors]:
+        """One pass: in an order drawn from the generator, or as the data lie."""
+
+    def split(self, share: float, seed: int) -> tuple[Source, Source | None]:
+        """The data without a share of them, and that share (None where it is zero)."""
+
+    def first(self, size: int) -> Tensors:
+        """A minibatch; where it is looked at changes nothing in the passes to come."""
+
+    def fingerprint(self) -> int:
+        """A number that tells other data from these, as far as can be seen without reading all."""
+
+
+def source_of(name: str, data: Any) -> Source:
+    """The data of an argument as a source of minibatches.
+
+    Raises:
+        TypeError: what is none.
+        ValueError: no data, or such with NaN or infinite values, where they lie in memory.
+    """
+    if isinstance(data, DataLoader):
+        return _Loader(name, data)
+    if isinstance(data, TensorDataset):
+        return _Memory(checked_data(name, data.tensors))
+    if isinstance(data, IterableDataset):
+        raise TypeError(f"{name} is an {type(data).__name__}, which has no length: put it into a DataLoader")
+    if isinstance(data, Dataset):
+        return _Items(name, data, torch.arange(len(data)))  # type: ignore[arg-type]
+    return _Memory(checked_data(name, data))
+
+
+def validation_of(validation: Any, source: Source) -> float | Source:
+    """A share of the data in [0, 1), or other data to validate on."""
+    if validation is None or isinstance(validation, int | float):
+        if isinstance(source, _Loader):
+            if validation:
+                raise ValueError(
+                    f"validation={validation!r}: no share of a DataLoader can be held apart; pass a second DataLoader, "
+                    f"other data, or None"
+                )
+            return 0.0
+        return checked_share(validation, len(source))  # type: ignore[arg-type]
+    other = source_of("validation", validation)
+    if isinstance(source, _Memory) and isinstance(other, _Memory):
+        checked_validation(other.tensors, source.tensors)
+    return other
+
+
+def split_of(source: Source, held_apart: float | Source, seed: int) -> tuple[Source, Source | None]:
+    """What to train on, and what to validate on or None; ``held_apart`` from :func:`validation_of`."""
+    return source.split(held_apart, seed) if isinstance(held_apart, float) else (source, held_apart)
+
+
+class _Memory:
+    """Tensors with one first dimension."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return self.tensors[0].shape[0]
+
+    def num_batches(self, size: int) -> int:
+        return math.ceil(len(self) / size)
+
+    def batches(self, size: int, device: torch.device, order: torch.Generator | None = None) -> Iterator[Tensors]:
+        return batches(self.tensors, size, device, None if order is None else _shuffled(len(self), order))
+
+    def split(self, share: float, seed: int) -> tuple[Source, Source | None]:
+        rest, apart = held_apart_and_rest(len(self), share, seed)
+        if apart is None:
+            return self, None
+        return _Memory(take(self.tensors, rest)), _Memory(take(self.tensors, apart))
+
+    def first(self, size: int) -> Tensors:
+        return tuple(tensor[:size] for tensor in self.tensors)
+
+    def fingerprint(self) -> int:
+        return fingerprint(self.tensors)
+
+
+class _Items:
+    """Some items of a Dataset, read when their minibatch comes."""
+
+    def __init__(self, name: str, dataset: Any, index: Tensor) -> None:
+        if not len(index):
+            raise ValueError(f"{name} must hold at least one item, got an empty {type(dataset).__name__}")
+        self.name, self.dataset, self.index = name, dataset, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def num_batches(self, size: int) -> int:
+        return math.ceil(len(self) / size)
+
+    def batches(self, size: int, device: torch.device, order: torch.Generator | None = None) -> Iterator[Tensors]:
+        index = self.index if order is None else self.index[_shuffled(len(self), order)]
+        for part in index.split(size):
+            yield _on(device, self._read(part))
+
+    def split(self, share: float, seed: int) -> tuple[Source, Source | None]:
+        rest, apart = held_apart_and_rest(len(self), share, seed)
+        if apart is None:
+            return self, None
+        parts = (_Items(self.name, self.dataset, self.index[chosen]) for chosen in (rest, apart))
+        return next(parts), next(parts)
+
+    def first(self, size: int) -> Tensors:
+        with forked_rng(0):  # items may be augmented at random
+            return self._read(self.index[:size])
+
+    def _read(self, index: Tensor) -> Tensors:
+        return _checked(self.name, default_collate([tree_map(_part, self.dataset[i]) for i in index.tolist()]))
+
+    def fingerprint(self) -> int:
+        return fingerprint((self.index,), type(self.dataset).__name__, len(self.dataset))
+
+
+class _Loader:
+    """A DataLoader: its own batches in its own order."""
+
+    def __init__(self, name: str, loader: DataLoader) -> None:
+        self.name, self.loader = name, loader
+
+    def num_batches(self, size: int) -> int:
+        try:
+            return len(self.loader)
+        except TypeError:  # of a stream nobody knows
+            return 1
+
+    def batches(self, size: int, device: torch.device, order: torch.Generator | None = None) -> Iterator[Tensors]:
+        seen = False
+        for batch in self.loader:
+            seen = True
+            yield _on(device, _checked(self.name, batch))
+        if not seen:
+            raise ValueError(f"{self.name}: the DataLoader gave no batch; a stream must begin anew at each pass")
+
+    def split(self, share: float, seed: int) -> tuple[Source, Source | None]:
+        return self, None
+
+    def first(self, size: int) -> Tensors:
+        with forked_rng(0):
+            return _checked(self.name, next(iter(self.loader)))
+
+    def fingerprint(self) -> int:
+        about = (type(self.loader.dataset).__name__, self.num_batches(0), self.loader.batch_size)
+        return fingerprint((), *about)
+
+
+def _shuffled(num: int, order: torch.Generator) -> Tensor:
+    return torch.randperm(num, generator=order, device=order.device)
+
+
+def _part(value: Any) -> Any:
+    """A part of an item: numbers and arrays in the default dtype, where torch's own collation has doubles."""
+    value = as_tensor(value)
+    return torch.tensor(value) if isinstance(value, float) else value
+
+
+def _on(device: torch.device, batch: Tensors) -> Tensors:
+    return tuple(part.to(device) for part in batch)
+
+
+def _checked(name: str, batch: Any) -> Tensors:
+    """A batch as a tuple of finite tensors."""
+    parts = tuple(as_tensors(batch)) if isinstance(batch, tuple | list) else (as_tensors(batch),)
+    if not all(isinstance(part, Tensor) for part in parts):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(f"{name} must give tensors, one or several a datum, got batches of {kinds}")
+    return checked_data(f"a batch of {name}", parts)
