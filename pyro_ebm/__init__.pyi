@@ -53,6 +53,7 @@ from pyro_ebm.energies import (
 )
 from pyro_ebm.errors import (
     CheckpointError,
+    InfeasibleError,
     InferenceError,
     InferenceWarning,
     TrainingWarning,
@@ -236,6 +237,7 @@ __all__ = [
     "GaussianMixture2D",
     "HMC",
     "ImageSet",
+    "InfeasibleError",
     "InferenceError",
     "InferenceWarning",
     "LabelClassifier",

@@ -141,7 +141,12 @@ class _Tenth(pyro_ebm.Energy):
         return 0.1 * value
 
 
-@pytest.fixture(params=CALLS)
+# Seconds each, and by the same path as others
+SLOW = {"sample smc", "sample nuts", "annealed_importance"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CALLS]
+
+
+@pytest.fixture(params=NAMES)
 def call(request):
     return CALLS[request.param]
 
@@ -168,7 +173,7 @@ def test_a_misspelt_keyword_names_what_there_is(call):
         call(model, torch.ones(3), y=Y, scael=2.0)
 
 
-@pytest.mark.parametrize("name", set(CALLS) - {"quadrature", "LogDensity"})
+@pytest.mark.parametrize("name", [name for name in NAMES if name.values[0] not in ("quadrature", "LogDensity")])
 def test_a_name_that_both_have_is_settled_by_model_kwargs(name):
     call, x = CALLS[name], torch.ones(3)
     if name != "calibrate":  # its sampler gives the seed
