@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import describe
-from pyro_ebm import fit
+from pyro_ebm import Checkpoint, fit
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -86,7 +86,7 @@ def train(
     result = fit(
         model, guide, x, objective=objective, train=modules, epochs=epochs, batch_size=batch_size, seed=seed,
         optimizer=functools.partial(torch.optim.Adam, lr=lr), scheduler=cosine if decay else None,
-        validation=None, patience=None, checkpoint=checkpoint, checkpoint_every=1, resume=checkpoint.exists(),
+        validation=None, patience=None, checkpoint=Checkpoint(checkpoint, every=1, resume="auto"),
     )  # fmt: skip
     if result.stopped != "epochs":
         raise RuntimeError(f"training ended early: {result.stopped} after {result.epochs} epochs")

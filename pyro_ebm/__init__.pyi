@@ -207,6 +207,7 @@ from pyro_ebm.training.callbacks import (
     EpochEnd,
 )
 from pyro_ebm.training.fit import (
+    Checkpoint,
     FitResult,
     fit,
     load_weights,
@@ -219,6 +220,7 @@ __all__ = [
     "BoundedEstimate",
     "Calibration",
     "ChEES",
+    "Checkpoint",
     "CheckpointError",
     "ClassBalance",
     "ContrastiveDivergence",

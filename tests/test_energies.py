@@ -11,6 +11,7 @@ from torch import nn
 
 from pyro_ebm import (
     VAE,
+    Checkpoint,
     ConvEnergy,
     Energy,
     LinearEnergy,
@@ -418,7 +419,7 @@ def test_a_resumed_run_with_spectral_norms(tmp_path):
             tilted = tilt(vae.model, {"z": energy})
             fit(
                 tilted, vae.guide, x, objective=TiltELBO(), train=energy, epochs=epochs, batch_size=8, seed=0,
-                progress=False, checkpoint=tmp_path / f"{len(stops)}.pt", resume=epochs != stops[0],
+                progress=False, checkpoint=Checkpoint(tmp_path / f"{len(stops)}.pt", resume=epochs != stops[0]),
             )  # fmt: skip
         found.append(energy.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

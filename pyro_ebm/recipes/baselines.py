@@ -17,6 +17,7 @@ from pyro_ebm.diagnostics.density_ratio import DensityRatio, density_ratio
 from pyro_ebm.models.vae import VAE
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.debias_config import Schedule
+from pyro_ebm.training.checkpoints import Checkpoint
 from pyro_ebm.training.fit import FitResult, fit
 
 __all__ = ["WeightedELBO", "fine_tune", "fit_vae", "new_vae", "train_vae", "train_weighted"]
@@ -141,8 +142,7 @@ def fit_vae(
         batch_size=schedule.vae_batch,
         validation=share,
         patience=schedule.patience * stretch,
-        checkpoint=checkpoint,
-        resume=checkpoint is not None and checkpoint.is_file(),
+        checkpoint=None if checkpoint is None else Checkpoint(checkpoint, resume="auto"),
         seed=seed,
         progress=progress,
     )

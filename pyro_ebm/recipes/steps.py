@@ -28,6 +28,7 @@ from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.debias_config import DebiasConfig, Schedule
 from pyro_ebm.tilts.normalizer import Normalizer
 from pyro_ebm.tilts.tilt import TiltedModel, tilt
+from pyro_ebm.training.checkpoints import Checkpoint
 from pyro_ebm.training.fit import FitResult
 
 __all__ = [
@@ -122,8 +123,7 @@ def fit_energy(
         epochs=max(schedule.tilt_epochs, schedule.tilt_steps // steps_per_epoch),
         batch_size=_TILT_BATCH,
         validation=None,  # the falling learning rate ends it; the noise of an epoch's loss would choose at random
-        checkpoint=checkpoint,
-        resume=checkpoint is not None and checkpoint.is_file(),
+        checkpoint=None if checkpoint is None else Checkpoint(checkpoint, resume="auto"),
         seed=seed,
         progress=progress,
     )

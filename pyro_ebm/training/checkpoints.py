@@ -6,19 +6,76 @@ import copy
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import CheckpointError
 from pyro_ebm.files import replacing, write_whole
 
-__all__ = ["load_weights", "save_weights"]
+__all__ = ["Checkpoint", "load_weights", "save_weights"]
 
 _VERSION = 1
 Weights = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that keeps a training run: ``fit(..., checkpoint=Checkpoint("run.pt", resume=True))``.
+
+    A path in its place keeps the run without going on from what is there.
+
+    Args:
+        path: of the file; an older one is replaced.
+        every: epochs between two writes; the end or an interruption is written as well.
+        resume: continue from the file, exactly as if the run had never stopped. ``"auto"``: where it is there; a cell
+            with it can be run until it is through.
+
+    Raises:
+        ValueError: ``every`` below 1, or another ``resume``.
+
+    Example:
+        >>> Checkpoint("run.pt", every=5, resume="auto").every
+        5
+    """
+
+    path: str | Path
+    _: KW_ONLY
+    every: int = 10
+    resume: bool | str = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | Path):
+            raise TypeError(f"path must be the path of a file, got {type(self.path).__name__}")
+        whole_number("every", self.every)
+        if self.resume not in (True, False, "auto"):
+            raise ValueError(f'resume must be True, False or "auto", got {self.resume!r}')
+
+    @classmethod
+    def of(cls, given: Checkpoint | str | Path | None) -> Checkpoint | None:
+        """What was given, a path made one, None where no run is to be kept."""
+        if given is None or isinstance(given, cls):
+            return given
+        if not isinstance(given, str | Path):
+            raise TypeError(f"checkpoint must be a path or a Checkpoint(path, ...), got {type(given).__name__}")
+        return cls(given)
+
+    def saved(self) -> dict[str, Any] | None:
+        """The run to go on with; None for a new one.
+
+        Raises:
+            CheckpointError: no file to continue from, one that cannot be read, or no way to write one.
+        """
+        wanted = Path(self.path).is_file() if self.resume == "auto" else self.resume
+        saved = read(self.path, kind="checkpoint") if wanted else None
+        if saved and not isinstance(saved.get("seed"), int):
+            raise CheckpointError(f"{self.path} is damaged: it has no seed; start anew with resume=False")
+        require_writable(self.path)
+        return saved
 
 
 def save_weights(module: nn.Module, path: str | Path) -> None:

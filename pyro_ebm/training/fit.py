@@ -19,18 +19,19 @@ from torch import Tensor, nn
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.display import number, table
-from pyro_ebm.errors import CheckpointError, TrainingWarning, warn_user
+from pyro_ebm.errors import TrainingWarning, warn_user
+from pyro_ebm.estimates import Estimate
 from pyro_ebm.modules import evaluation_mode, modules_of, name_of
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import tilt_of
 from pyro_ebm.training.callbacks import Callback, checked_callbacks, tell
-from pyro_ebm.training.checkpoints import load_weights, read, require_writable, save_weights
+from pyro_ebm.training.checkpoints import Checkpoint, load_weights, save_weights
 from pyro_ebm.training.guard import TrainingStopped
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.run import Group, Run
 from pyro_ebm.training.sources import source_of, split_of, validation_of
 
-__all__ = ["FitResult", "fit", "load_weights", "save_weights"]
+__all__ = ["Checkpoint", "FitResult", "fit", "load_weights", "save_weights"]
 
 Data = Any  # tensors, arrays, tables, tuples of them, a Dataset, a DataLoader
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -51,6 +52,7 @@ class FitResult:
             ``"degenerate weights"`` (log Z came to rest on one or two draws of its base).
         seconds: wall-clock seconds, those before a resume included.
         seed: the seed used; pass it for the same run again.
+        log_z: log Z of the tilt that :func:`fit_tilt` learned and its standard error; None elsewhere.
     """
 
     train_loss: list[float] = field(repr=False)
@@ -60,6 +62,7 @@ class FitResult:
     stopped: str
     seconds: float
     seed: int
+    log_z: Estimate | None = None
 
     def _repr_html_(self) -> str:
         rows = [["training", *_shown_losses(self.train_loss, self.best_epoch)]]
@@ -67,6 +70,8 @@ class FitResult:
             rows.append(["validation", *_shown_losses(self.validation_loss, self.best_epoch)])
         seconds = f"{self.seconds:.3g} s"
         facts = [f"{self.epochs:,} epochs", f"stopped: {self.stopped}", seconds, f"seed {self.seed}"]
+        if self.log_z is not None:
+            facts.append(f"log Z {float(self.log_z.value):.3f} ± {float(self.log_z.se):.2g}")
         kept = f"the weights kept are those of epoch {self.best_epoch:,}" if self.best_epoch else "no epoch was better"
         return table("FitResult", facts, ["loss per datum", "first", "kept", "last"], rows, [kept])
 
@@ -91,9 +96,7 @@ def fit(
     validation: float | Data | None = 0.1,
     patience: int | None = 10,
     clip_grad_norm: float | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 10,
-    resume: bool = False,
+    checkpoint: Checkpoint | str | Path | None = None,
     seed: int | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -133,9 +136,8 @@ def fit(
             validation loss is taken in ``eval()`` mode and with the same noise at each epoch.
         patience: stop after so many epochs without a better loss; None: never.
         clip_grad_norm: largest norm of the gradient of a step.
-        checkpoint: file that keeps the state of the run; an older one is replaced.
-        checkpoint_every: epochs between two writes; the end or an interruption is written as well.
-        resume: continue from ``checkpoint``, exactly as if the run had never stopped.
+        checkpoint: file that keeps the state of the run, or a :class:`Checkpoint`, which also says how often it is
+            written and whether the run goes on from it.
         seed: seed of split, order and noise; None: drawn from the global generator.
         callbacks: functions called after each epoch with an :class:`EpochEnd`; ``state.stop()`` ends the training.
             To TensorBoard: ``lambda state: writer.add_scalar("loss", state.train_loss[-1], state.epoch)``. Where one
@@ -159,12 +161,13 @@ def fit(
         >>> result.stopped, len(result.validation_loss)
         ('epochs', 3)
     """
-    _check_numbers(epochs, batch_size, patience, clip_grad_norm, checkpoint_every, seed)
+    _check_numbers(epochs, batch_size, patience, clip_grad_norm, seed)
     source = source_of("data", data)
     held_apart = validation_of(validation, source)
     checked_callbacks(callbacks)
     losses = _objectives(objective, train, model, guide)
-    saved = _saved_run(checkpoint, resume)
+    kept = Checkpoint.of(checkpoint)
+    saved = None if kept is None else kept.saved()
     if seed is None:
         seed = saved["seed"] if saved else int(torch.randint(2**62, ()))
     with forked_rng(seed), warnings.catch_warnings():
@@ -182,10 +185,10 @@ def fit(
                 scheduler=_make_scheduler(scheduler, made),
                 frozen=[m for m in found if not any(p.requires_grad for p in m.parameters())],
             )  # fmt: skip
-            if saved:
-                run.load(saved, str(checkpoint))
+            if saved and kept:
+                run.load(saved, str(kept.path))
             bar = _bar(epochs, run.progress.epoch, _bar_name(model) if progress else None)
-            stopped, trouble = _loop(run, epochs, patience, checkpoint, checkpoint_every, bar, callbacks)
+            stopped, trouble = _loop(run, epochs, patience, kept, bar, callbacks)
     if trouble:
         warn_user(trouble, TrainingWarning)
     past = run.progress
@@ -195,7 +198,7 @@ def fit(
 
 
 def _loop(
-    run: Run, epochs: int, patience: int | None, path: str | Path | None, every: int, bar: Any,
+    run: Run, epochs: int, patience: int | None, checkpoint: Checkpoint | None, bar: Any,
     callbacks: Sequence[Callback],
 ) -> tuple[str, str | None]:
     """Run the epochs; return why they ended and, where that was no regular end, what to tell."""
@@ -203,31 +206,32 @@ def _loop(
     exhausted = asked = False
     try:
         with bar:
-            run.keep(path is not None)
+            run.keep(checkpoint is not None)
             while past.epoch < epochs and not asked and not (exhausted := _exhausted(run, patience)):
                 run.one_epoch()
                 past.seconds = seconds_before + time.perf_counter() - started
-                run.keep(path is not None)
+                run.keep(checkpoint is not None)
                 bar.update()
                 bar.set_postfix(past.latest())
-                if path is not None and past.epoch % every == 0:
-                    run.save(path)
-                asked = tell(callbacks, run, path)
+                if checkpoint is not None and past.epoch % checkpoint.every == 0:
+                    run.save(checkpoint.path)
+                asked = tell(callbacks, run, None if checkpoint is None else checkpoint.path)
             exhausted = exhausted or _exhausted(run, patience)
         stopped, trouble = "callback" if asked else "early stopping" if exhausted else "epochs", None
         if run.guard.doubtful:
             trouble = f"{run.guard.problem(f'in epoch {past.epoch}')}; {run.kept()}"
     except KeyboardInterrupt:
         stopped, trouble = "interrupted", f"training was interrupted in epoch {past.epoch + 1}; {run.kept()}"
-        if path is not None:
-            trouble += f"; fit(..., checkpoint={str(path)!r}, resume=True) continues after epoch {run.resumes_after}"
+        if checkpoint is not None:
+            again = f"checkpoint=Checkpoint({str(checkpoint.path)!r}, resume=True)"
+            trouble += f"; {again} continues after epoch {run.resumes_after}"
     except TrainingStopped as error:
         stopped, trouble = error.reason, f"{error}; {run.kept()}"
     finally:
         run.restore_best()
     past.seconds = seconds_before + time.perf_counter() - started
-    if path is not None:
-        run.save(path)
+    if checkpoint is not None:
+        run.save(checkpoint.path)
     return stopped, trouble
 
 
@@ -249,18 +253,6 @@ def _bar_name(model: Callable[..., Any]) -> str:
         return "tilt"
     name = name_of(model)
     return name.rpartition(".")[0].lower() or name.strip("<>")
-
-
-def _saved_run(checkpoint: str | Path | None, resume: bool) -> dict[str, Any] | None:
-    if checkpoint is None:
-        if resume:
-            raise ValueError("resume=True needs checkpoint, the file to continue from, got None")
-        return None
-    saved = read(checkpoint, kind="checkpoint") if resume else None
-    if saved and not isinstance(saved.get("seed"), int):
-        raise CheckpointError(f"{checkpoint} is damaged: it has no seed; start anew with resume=False")
-    require_writable(checkpoint)
-    return saved
 
 
 def _set_up(found: list[nn.Module], loss: Objective, batch: Callable[[], Sequence[Tensor]]) -> None:
@@ -386,10 +378,8 @@ def _make_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> Any:
     return made
 
 
-def _check_numbers(
-    epochs: Any, batch_size: Any, patience: Any, clip_grad_norm: Any, checkpoint_every: Any, seed: Any
-) -> None:
-    counts = {"epochs": epochs, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
+def _check_numbers(epochs: Any, batch_size: Any, patience: Any, clip_grad_norm: Any, seed: Any) -> None:
+    counts = {"epochs": epochs, "batch_size": batch_size}
     if patience is not None:
         counts["patience"] = patience
     for name, count in counts.items():

@@ -12,6 +12,7 @@ from torch import nn
 
 from pyro_ebm import (
     VAE,
+    Checkpoint,
     CheckpointError,
     InferenceWarning,
     LinearEnergy,
@@ -20,6 +21,7 @@ from pyro_ebm import (
     QuadraticEnergy,
     TrainingWarning,
     fit_tilt,
+    log_normalizer,
     tilt,
 )
 from pyro_ebm.objectives.likelihood import TiltLikelihood
@@ -199,7 +201,7 @@ def test_a_resumed_fit_is_the_same_fit(tmp_path, monkeypatch, seed, at_call):
         patch.setattr(TiltLikelihood, "__call__", stop)
         first = vae_fit(vae, stopped, checkpoint=path, seed=seed)
     assert first.stopped == "interrupted" and first.epochs < 4
-    resumed = vae_fit(vae, fresh, checkpoint=path, resume=True, seed=seed)
+    resumed = vae_fit(vae, fresh, checkpoint=Checkpoint(path, resume=True), seed=seed)
     expected = vae_fit(vae, whole, seed=first.seed)
     assert resumed.train_loss == expected.train_loss and len(resumed.train_loss) == 4
     assert same(weights(fresh), weights(whole))
@@ -209,10 +211,10 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     vae, energy = small_vae(), MLPEnergy(2, hidden=(4,))
     vae_fit(vae, energy, checkpoint=tmp_path / "tilt.pt", epochs=1)
     with pytest.raises(CheckpointError, match="its seed is 0, here it is 1"):
-        vae_fit(vae, energy, checkpoint=tmp_path / "tilt.pt", resume=True, seed=1)
+        vae_fit(vae, energy, checkpoint=Checkpoint(tmp_path / "tilt.pt", resume=True), seed=1)
     nn.init.constant_(next(vae.encoder.parameters()), 0.3)  # another guide, other posterior draws
     with pytest.raises(CheckpointError, match="its data is"):
-        vae_fit(vae, energy, checkpoint=tmp_path / "tilt.pt", resume=True)
+        vae_fit(vae, energy, checkpoint=Checkpoint(tmp_path / "tilt.pt", resume=True))
 
 
 def refused(target, match, error=ValueError, use=guide, x=None):
@@ -317,3 +319,16 @@ def test_running_control_makes_up_for_few_draws(bound):
     few, controlled = ((found[name] - found["many"]).norm() for name in ("few", "control"))
     assert few > 0.1
     assert controlled < 0.7 * few  # what is left is the noise of the last steps
+
+
+@pytest.mark.parametrize("bound", ["exact", "elbo"])
+def test_log_z_of_the_fitted_tilt_comes_with_the_result(bound):
+    vae, energy = small_vae(), MLPEnergy(2, hidden=(4,))
+    result = vae_fit(vae, energy, bound=bound)
+    expected = log_normalizer(vae.prior, energy, seed=result.seed)
+    assert result.log_z is not None and torch.equal(result.log_z.value, expected.value)
+    assert torch.equal(result.log_z.se, expected.se) and 0 < float(result.log_z.se) < 0.1
+    assert f"log Z {float(expected.value):.3f} ± " in result._repr_html_()
+    other = log_normalizer(vae.prior, energy, method="qmc", seed=1)
+    assert abs(float(result.log_z.value - other.value)) < 4 * float((expected.se**2 + other.se**2).sqrt())
+    tilt(vae.model, {"z": energy}, normalize=float(result.log_z.value))

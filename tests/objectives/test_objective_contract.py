@@ -12,6 +12,7 @@ from torch import nn
 from pyro_ebm import (
     HMC,
     VAE,
+    Checkpoint,
     ContrastiveDivergence,
     Energy,
     FirstOrder,
@@ -146,7 +147,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(name, tmp_path):
     expected = whole.fit(epochs=4)
     parts.fit(epochs=2, checkpoint=tmp_path / "run.pt")
     parts = Problem(name)  # nothing but the file is left
-    result = parts.fit(epochs=4, checkpoint=tmp_path / "run.pt", resume=True)
+    result = parts.fit(epochs=4, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
     assert torch.equal(whole.weights(), parts.weights())
     assert (result.train_loss, result.validation_loss) == (expected.train_loss, expected.validation_loss)
 

@@ -9,6 +9,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 
 from pyro_ebm import (
+    Checkpoint,
     ContrastiveDivergence,
     LinearEnergy,
     MLPEnergy,
@@ -119,8 +120,8 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path):
         energy = LinearEnergy([0.0, 0.0])
         for num in epochs:
             fit(tilted(energy), guide, x, objective=RunningControl(TiltELBO()), train=energy, epochs=num, batch_size=20,
-                validation=None, seed=1, progress=False, checkpoint=tmp_path / f"{len(epochs)}.pt",
-                resume=num != epochs[0])  # fmt: skip
+                validation=None, seed=1, progress=False,
+                checkpoint=Checkpoint(tmp_path / f"{len(epochs)}.pt", resume=num != epochs[0]))  # fmt: skip
         results.append(energy.a.detach().clone())
     assert torch.equal(*results)
 

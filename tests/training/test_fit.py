@@ -11,7 +11,7 @@ import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import nn
 
-from pyro_ebm import VAE, CheckpointError, MLPEnergy, TrainingWarning, fit
+from pyro_ebm import VAE, Checkpoint, CheckpointError, MLPEnergy, TrainingWarning, fit
 from pyro_ebm.training.data import batches
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -344,7 +344,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, optimizer):
     expected = run(whole, epochs=7, **options)
     run(parts, epochs=3, checkpoint=path, **options)
     # In another process the module would be a new one.
-    result = run(fresh, epochs=7, checkpoint=path, resume=True, **options)
+    result = run(fresh, epochs=7, checkpoint=Checkpoint(path, resume=True), **options)
     assert same(weights(fresh), weights(whole))
     assert result.train_loss == expected.train_loss
     assert result.validation_loss == expected.validation_loss
@@ -357,10 +357,11 @@ def test_a_run_resumed_after_an_interruption_is_the_same_run(tmp_path, number):
     whole = VAE((4,), 2, hidden=(5,))
     parts, fresh = copy.deepcopy(whole), copy.deepcopy(whole)
     run(whole, x)
-    options = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
-    with pytest.warns(TrainingWarning, match=r"resume=True\) continues after epoch"):
-        run(parts, x, objective=stop_at_call(number), **options)
-    assert run(fresh, x, resume=True, seed=None, **options).seed == 0
+    path = tmp_path / "run.pt"
+    said = rf"checkpoint=Checkpoint\('{path}', resume=True\) continues after epoch"
+    with pytest.warns(TrainingWarning, match=said):
+        run(parts, x, objective=stop_at_call(number), checkpoint=Checkpoint(path, every=1, resume="auto"))
+    assert run(fresh, x, checkpoint=Checkpoint(path, resume="auto"), seed=None).seed == 0
     assert same(weights(fresh), weights(whole))
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
@@ -369,10 +370,10 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     module = line()
     expected = run(module, checkpoint=tmp_path / "run.pt")
     before = weights(module)
-    result = run(line(), checkpoint=tmp_path / "run.pt", resume=True)
+    result = run(line(), checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
     assert result.train_loss == expected.train_loss
     again = line()
-    run(again, checkpoint=tmp_path / "run.pt", resume=True)
+    run(again, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
     assert same(weights(again), before)
 
 
@@ -381,7 +382,7 @@ def test_the_checkpoint_is_written_every_k_epochs(tmp_path, monkeypatch):
 
     written = []
     monkeypatch.setattr(training_run, "write", lambda payload, path, kind: written.append(payload["epoch"]))
-    run(line(), epochs=5, checkpoint=tmp_path / "run.pt", checkpoint_every=2, patience=None)
+    run(line(), epochs=5, checkpoint=Checkpoint(tmp_path / "run.pt", every=2), patience=None)
     assert written == [2, 4, 5]
 
 
@@ -400,7 +401,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, match):
     module = line()
     before = weights(module)
     with pytest.raises(CheckpointError, match=match):
-        run(module, checkpoint=tmp_path / "run.pt", resume=True, **change)
+        run(module, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True), **change)
     assert same(before, weights(module))
 
 
@@ -408,11 +409,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run(VAE((4,), 2, hidden=(5,)), torch.rand(40, 4), epochs=1, checkpoint=path)
     with pytest.raises(CheckpointError, match=r"holds the weights of \['VAE'\], not of \['Line'\]"):
-        run(line(), checkpoint=path, resume=True)
+        run(line(), checkpoint=Checkpoint(path, resume=True))
     with pytest.raises(
         CheckpointError, match=r"fit this VAE: .* is float32\[5, 4\] in the file and .*\[6, 4\]"
     ):
-        run(VAE((4,), 2, hidden=(6,)), torch.rand(40, 4), checkpoint=path, resume=True)
+        run(VAE((4,), 2, hidden=(6,)), torch.rand(40, 4), checkpoint=Checkpoint(path, resume=True))
 
 
 def test_a_checkpoint_with_parts_missing_is_refused(tmp_path):
@@ -424,20 +425,33 @@ def test_a_checkpoint_with_parts_missing_is_refused(tmp_path):
         module = line()
         before = weights(module)
         with pytest.raises(CheckpointError, match="run.pt"):
-            run(module, checkpoint=path, resume=True, seed=None if key == "seed" else 0)
+            run(module, checkpoint=Checkpoint(path, resume=True), seed=None if key == "seed" else 0)
         assert same(before, weights(module)), key
 
 
 def test_files_that_cannot_be(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint file at .*absent.pt"):
-        run(line(), checkpoint=tmp_path / "absent.pt", resume=True)
+        run(line(), checkpoint=Checkpoint(tmp_path / "absent.pt", resume=True))
     with pytest.raises(CheckpointError, match="cannot write .*it is a folder; choose a file"):
         run(line(), checkpoint=tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write .*choose a file in a folder"):
         run(line(), checkpoint=tmp_path / "file" / "run.pt")
-    with pytest.raises(ValueError, match="resume=True needs checkpoint"):
-        run(line(), resume=True)
+    with pytest.raises(TypeError, match=r"checkpoint must be a path or a Checkpoint\(path, ...\), got bool"):
+        run(line(), checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"every": 0}, ValueError, "every must be a whole number of at least 1, got 0"),
+        ({"resume": "always"}, ValueError, "resume must be True, False or \"auto\", got 'always'"),
+        ({"path": None}, TypeError, "path must be the path of a file, got NoneType"),
+    ],
+)
+def test_impossible_checkpoints(options, error, match):
+    with pytest.raises(error, match=match):
+        Checkpoint(**{"path": "run.pt"} | options)
 
 
 # -------------------------------------------------------------------------------------------- bad input
@@ -464,7 +478,6 @@ def test_files_that_cannot_be(tmp_path):
         ({"batch_size": 0}, ValueError, "batch_size must be a whole number of at least 1, got 0"),
         ({"epochs": 2.5}, ValueError, "epochs must be a whole number"),
         ({"patience": 0}, ValueError, "patience must be a whole number"),
-        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be"),
         ({"clip_grad_norm": -1.0}, ValueError, "clip_grad_norm must be a finite number above zero"),
         ({"seed": -1}, ValueError, "seed must be None or a whole number"),
         ({"train": []}, TypeError, "train must be a torch.nn.Module or a sequence"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyro_ebm import VAE, EpochEnd, fit
+from pyro_ebm import VAE, Checkpoint, EpochEnd, fit
 
 X = torch.rand(40, 4, generator=torch.Generator().manual_seed(0))
 
@@ -49,7 +49,7 @@ def test_one_can_end_the_training(tmp_path):
     assert (result.stopped, result.epochs) == ("callback", 2)
     whole, run = trained()
     expected = run()
-    vae, run = trained(checkpoint=file, resume=True)
+    vae, run = trained(checkpoint=Checkpoint(file, resume=True))
     assert run().train_loss == expected.train_loss and same(vae, whole)
 
 
@@ -60,12 +60,12 @@ def test_an_error_in_one_keeps_the_epoch(tmp_path):
         if state.epoch == 2:
             raise RuntimeError("the writer is full")
 
-    vae, run = trained(callbacks=[fail], checkpoint=file, checkpoint_every=10)
+    vae, run = trained(callbacks=[fail], checkpoint=Checkpoint(file, every=10))
     with pytest.raises(RuntimeError, match="the writer is full"):
         run()
     whole, run = trained()
     expected = run()
-    vae, run = trained(checkpoint=file, resume=True)
+    vae, run = trained(checkpoint=Checkpoint(file, resume=True))
     assert run().train_loss == expected.train_loss and same(vae, whole)
 
 

@@ -12,7 +12,7 @@ import torch
 from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import nn
 
-from pyro_ebm import VAE, CheckpointError, MLPEnergy, TiltELBO, TrainingWarning, fit, tilt
+from pyro_ebm import VAE, Checkpoint, CheckpointError, MLPEnergy, TiltELBO, TrainingWarning, fit, tilt
 from pyro_ebm.datasets.digits import digits
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -126,9 +126,9 @@ def test_a_resumed_run_in_turns_is_the_same_run(tmp_path, optimizer):
     found = []
     for epochs in (4, 2, 4):
         vae, e = copy.deepcopy(first), copy.deepcopy(energy)
-        files = {"checkpoint": tmp_path / f"{epochs}.pt"} if epochs == 2 or found else {}
+        files = {"checkpoint": Checkpoint(tmp_path / f"{epochs}.pt")} if epochs == 2 or found else {}
         if len(found) == 2:
-            files = {"checkpoint": tmp_path / "2.pt", "resume": True}
+            files = {"checkpoint": Checkpoint(tmp_path / "2.pt", resume=True)}
         result = fit(
             tilt(vae.model, {"z": e}), vae.guide, x, train=[[vae], [e]], objective=[Trace_ELBO(), TiltELBO()],
             epochs=epochs, batch_size=16, optimizer=optimizer, seed=0, progress=False, **files,
@@ -227,11 +227,11 @@ def test_the_state_of_an_objective_is_saved_and_restored(tmp_path):
     expected = run(whole, objective=Counting(), epochs=5)
     run(first, objective=Counting(), epochs=2, checkpoint=tmp_path / "run.pt")
     resumed = Counting()
-    result = run(fresh, objective=resumed, epochs=5, checkpoint=tmp_path / "run.pt", resume=True)
+    result = run(fresh, objective=resumed, epochs=5, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
     assert result.train_loss == expected.train_loss
     assert same(weights(fresh), weights(whole)) and resumed.calls == 10
     with pytest.raises(CheckpointError, match="its objective has a state of its own, the one given here has not"):
-        run(Sum(), epochs=5, checkpoint=tmp_path / "run.pt", resume=True)
+        run(Sum(), epochs=5, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
 
 
 def test_an_interruption_restores_the_state_of_its_epoch(tmp_path):
@@ -245,7 +245,7 @@ def test_an_interruption_restores_the_state_of_its_epoch(tmp_path):
     expected = run(whole, objective=Counting(), epochs=5)
     with pytest.warns(TrainingWarning, match="interrupted in epoch 3"):
         run(Sum(), objective=Interrupted(), epochs=5, checkpoint=tmp_path / "run.pt")
-    result = run(fresh, objective=Counting(), epochs=5, checkpoint=tmp_path / "run.pt", resume=True)
+    result = run(fresh, objective=Counting(), epochs=5, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
     assert result.train_loss == expected.train_loss and same(weights(fresh), weights(whole))
 
 

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ebm import LinearEnergy, MLPEnergy, Normalizer, TiltELBO, TrainingWarning, fit, tilt
+from pyro_ebm import Checkpoint, LinearEnergy, MLPEnergy, Normalizer, TiltELBO, TrainingWarning, fit, tilt
 from pyro_ebm.tilts.normalizer import site_log_normalizer, weights_reported_to
 from pyro_ebm.training.guard import DegenerateWeightsError, WeightGuard
 
@@ -55,12 +55,12 @@ def test_the_checkpoint_ends_before_the_weights_degenerate(tmp_path):
     path = tmp_path / "run.pt"
     energy, again = LinearEnergy([0.0, 0.0]), LinearEnergy([0.0, 0.0])
     with pytest.warns(TrainingWarning):
-        result = run(energy, data_at(8.0), checkpoint=path, checkpoint_every=1)
+        result = run(energy, data_at(8.0), checkpoint=Checkpoint(path, every=1))
     saved = torch.load(path, weights_only=True)
     assert result.best_epoch <= saved["epoch"] < result.epochs
     assert torch.equal(saved["best"][0]["a"], energy.a)
     with pytest.warns(TrainingWarning, match="log Z rests on"):
-        repeated = run(again, data_at(8.0), checkpoint=path, resume=True)
+        repeated = run(again, data_at(8.0), checkpoint=Checkpoint(path, resume=True))
     assert repeated.train_loss == result.train_loss
     assert torch.equal(again.a, energy.a)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from pyro_ebm import CheckpointError, TrainingWarning, fit
+from pyro_ebm import Checkpoint, CheckpointError, TrainingWarning, fit
 
 
 class Level(nn.Module):
@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, scheduler, validation):
     options = {"validation": validation}
     expected = run(whole, scheduler, rates=rates, **options)
     run(first, scheduler, rates=parts, epochs=2, checkpoint=tmp_path / "run.pt", **options)
-    found = run(fresh, scheduler, rates=parts, checkpoint=tmp_path / "run.pt", resume=True, **options)
+    found = run(fresh, scheduler, rates=parts, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True), **options)
     assert parts == rates and len(set(rates)) > 1
     assert torch.equal(fresh.level, whole.level)
     assert found.train_loss == expected.train_loss and found.validation_loss == expected.validation_loss
@@ -124,7 +124,7 @@ def test_an_interruption_resumes_at_the_rate_of_its_epoch(tmp_path):
     path = tmp_path / "run.pt"
     with pytest.warns(TrainingWarning, match="interrupted in epoch 3"):
         run(Level(), COSINE, rates=parts, checkpoint=path, objective=stop)
-    run(fresh, COSINE, rates=resumed, checkpoint=path, resume=True)
+    run(fresh, COSINE, rates=resumed, checkpoint=Checkpoint(path, resume=True))
     assert parts[:5] == rates[:5] and resumed == rates[4:]
     assert torch.equal(fresh.level, whole.level)
 
@@ -133,7 +133,7 @@ def test_an_interruption_resumes_at_the_rate_of_its_epoch(tmp_path):
 def test_a_checkpoint_with_another_scheduler_is_refused(tmp_path, other):
     run(Level(), COSINE, epochs=2, checkpoint=tmp_path / "run.pt")
     with pytest.raises(CheckpointError, match="its scheduler_class is 'CosineAnnealingLR', here it is"):
-        run(Level(), other, checkpoint=tmp_path / "run.pt", resume=True)
+        run(Level(), other, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
 
 
 def made_elsewhere():

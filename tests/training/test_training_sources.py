@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pyro_ebm import fit
+from pyro_ebm import Checkpoint, fit
 from pyro_ebm.training.sources import source_of, validation_of
 
 X = torch.linspace(-1.0, 1.0, 20)
@@ -118,7 +118,7 @@ def test_a_run_on_a_loader_or_dataset_resumes_exactly(kind, tmp_path):
 
     whole, result = trained(data(), validation=None, epochs=4)
     trained(data(), validation=None, epochs=2, checkpoint=tmp_path / "run.pt")
-    line, resumed = trained(data(), validation=None, epochs=4, checkpoint=tmp_path / "run.pt", resume=True)
+    line, resumed = trained(data(), validation=None, epochs=4, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
     assert torch.equal(line.slope, whole.slope) and resumed.train_loss == result.train_loss
     assert not torch.equal(torch.cat(whole.seen[:4]), X)  # it did shuffle
 
