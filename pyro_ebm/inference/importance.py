@@ -26,6 +26,11 @@ from pyro_ebm.thresholds import pareto_k_limit
 __all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws"]
 
 _CHUNK = 4096
+_NO_GUIDE = (
+    "log_likelihood(model, guide, x) proposes the latent sites of each datum from a guide, got {} for guide. Without "
+    "one: to_arviz(sample(model, x)) holds the log likelihood of each datum at each draw (az.loo, az.compare); "
+    "importance(model, None, x).log_z is that of all data together"
+)
 
 
 class LogLikelihood(NamedTuple):
@@ -161,7 +166,7 @@ def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
 def log_likelihood(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    x: Tensor,
+    x: Tensor | None = None,
     *,
     num_samples: int = 1000,
     log_z: Estimate | None = None,
@@ -177,7 +182,7 @@ def log_likelihood(
     Args:
         model: takes ``x``; all its sites lie in one plate at dim -1, along the data.
         guide: proposes the latent sites given ``x``.
-        x: (n, *event).
+        x: (n, *event); has to be given.
         num_samples: draws per datum, K.
         log_z: log Z of the tilt and its error, where better known than from 100,000 draws of the base: what
             ``log_normalizer(..., method="ais")`` returns.
@@ -189,6 +194,7 @@ def log_likelihood(
         of log Z once.
 
     Raises:
+        TypeError: no guide; the text says what there is for a model without one.
         ValueError: a model that does not fit the description; ``log_z`` of one without a tilt, or not finite.
 
     Warns:
@@ -198,6 +204,8 @@ def log_likelihood(
         Burda, Grosse, Salakhutdinov (2016), Importance Weighted Autoencoders.
     """
     whole_number("num_samples", num_samples, at_least=2)
+    if x is None or not callable(guide):
+        raise TypeError(_NO_GUIDE.format(type(guide).__name__))
     call = tilted_call(model, (x,))
     _check_log_z(call, log_z)
     with random_stream(seed), torch.no_grad(), evaluation_mode(model, guide):

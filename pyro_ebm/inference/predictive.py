@@ -34,6 +34,7 @@ from pyro_ebm.tilts.normalizer import checked_energy
 __all__ = ["predictive"]
 
 _DEFAULT = 1000
+_CHUNK = 4096  # draws of a run with 64 chains are many
 _OVERSAMPLING = 16
 _MIN_POOL = 2048  # resampling a small pool would follow the untilted model
 
@@ -122,7 +123,12 @@ def _forward(
             f"the model has factor(s) {factors}, which running it forward cannot respect; write them as a tilt of "
             f"the site they look at, or sample the latent sites and pass draws="
         )
-    return BatchedModel(free, args, kwargs, layout=Layout.of(trace)).run(given, num_samples, measure=nothing).values
+    runs = BatchedModel(free, args, kwargs, layout=Layout.of(trace))
+    if given is None:
+        return runs.run(None, num_samples, measure=nothing).values
+    pieces = [{site: value[k : k + _CHUNK] for site, value in given.items()} for k in range(0, num_samples, _CHUNK)]
+    parts = [runs.run(piece, measure=nothing).values for piece in pieces]
+    return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
 
 def _resampled(

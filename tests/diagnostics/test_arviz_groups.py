@@ -13,7 +13,8 @@ from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.mcmc.api import StreamingMCMC
 from pyro.ops.streaming import StackStats, StatsOfDict
 
-from pyro_ebm import Draws, importance, predictive, sample, to_arviz
+from pyro_ebm import MCMC as MCMC_of_ours
+from pyro_ebm import ChEES, Draws, importance, predictive, sample, to_arviz
 from pyro_ebm.arviz_statistics import arviz_is_1x, quiet_import
 from pyro_ebm.inference.draws import Source
 
@@ -247,6 +248,17 @@ def test_fewer_chains():
     assert to_arviz(draws_of(), chains=9)["posterior"]["mu"].shape == (4, 50)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_ebm.InferenceWarning")  # few draws
+def test_our_mcmc_is_paired_as_a_stock_one():
+    mcmc = MCMC_of_ours(ChEES(hierarchical), 20, 20, num_chains=8, init="prior", seed=0, progress=False)
+    mcmc.run(Y)
+    predicted = Predictive(hierarchical, mcmc.get_samples())()
+    tree = to_arviz(mcmc, posterior_predictive=predicted, prior=Predictive(hierarchical, num_samples=9)())
+    assert tree["posterior_predictive"]["y"].shape == (8, 20, 10)
+    assert np.array_equal(tree["posterior_predictive"]["y"].values.reshape(160, 10), predicted["y"].numpy())
+    assert tree["prior"]["mu"].shape == (1, 9) and tree["prior_predictive"]["y"].shape == (1, 9, 10)
+
+
 def test_log_likelihood_can_be_left_out_or_insisted_on():
     assert "log_likelihood" not in groups(to_arviz(draws_of(), log_likelihood=False))
     with pytest.raises(ValueError, match=r"log_likelihood=True: the draws do not know their model; give it by draws\."):
@@ -275,10 +287,10 @@ def pooled(y):
 @pytest.fixture(scope="module")
 def tree():
     draws = sample(
-        indexed, Y, method="chees", num_samples=100, num_chains=8, warmup_steps=100, vectorize="vmap", seed=0,
+        indexed, Y, method="chees", num_samples=100, num_chains=8, warmup_steps=100, vectorize="auto", seed=0,
         progress=False,
     )  # fmt: skip
-    return to_arviz(draws, posterior_predictive=predictive(hierarchical, draws=draws, seed=0))
+    return to_arviz(draws, posterior_predictive=predictive(indexed, Y, draws=draws, seed=0))
 
 
 def test_leave_one_out_agrees_with_the_closed_form(tree):

@@ -286,3 +286,10 @@ def test_models_it_is_not_for():
         log_likelihood(shared, guide_of_shared, data(3))
     with pytest.raises(ValueError, match="num_samples must be a whole number of at least 2"):
         log_likelihood(linear, wide_guide, data(3), num_samples=1)
+
+
+@pytest.mark.parametrize("given", [(None, torch.zeros(3, 2)), (torch.zeros(3, 2),)])
+def test_without_a_guide_the_error_says_what_to_call(given):
+    kind = type(given[0]).__name__
+    with pytest.raises(TypeError, match=rf"got {kind} for guide\. Without one: to_arviz\(sample.*az\.loo"):
+        log_likelihood(linear, *given)
