@@ -86,12 +86,6 @@ def test_importance_ess():
     assert torch.allclose(importance_ess(weights.log() + 50), torch.tensor([1 / 0.375, 1.0]))
 
 
-def test_importing_statistics_does_not_import_arviz():
-    code = "import sys, pyro_ebm.arviz_statistics; print(sorted({'arviz', 'pandas', 'xarray'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_arviz_announcements_do_not_leak(tmp_path):
     code = (
         "import warnings; warnings.simplefilter('error')\n"

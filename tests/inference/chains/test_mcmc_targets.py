@@ -19,7 +19,7 @@ from pyro_ebm.inference.kernels.hmc import HMC, ChEES
 from pyro_ebm.inference.kernels.langevin import MALA
 
 # kernel, draws per chain, warm-up: at least 1,000 effective draws of every target below
-KERNELS = {"chees": (ChEES, 200, 200), "hmc": (HMC, 200, 200), "mala": (MALA, 1000, 200)}
+KERNELS = {"chees": (ChEES, 100, 200), "hmc": (HMC, 100, 200), "mala": (MALA, 700, 200)}
 FEW = {"num_chains": 128, "seed": 0, "progress": False}
 
 

@@ -75,14 +75,13 @@ def small_vae():
         return vae, torch.rand(1, 6)
 
 
+long = {"num_samples": 200, "warmup_steps": 100, "num_chains": 2, "keep_warmup": True, **quiet}
+
+
 @functools.cache
-def long_run(method, target="prior"):
+def long_run(method):
     """One run for several tests."""
-    options = {"num_samples": 200, "warmup_steps": 100, "num_chains": 2, "keep_warmup": True, **quiet}
-    if target == "prior":
-        return SAMPLERS[method](tilt(prior, {"z": bent}), **options)
-    vae, image = small_vae()
-    return SAMPLERS[method](tilt(vae.model, {"z": bent}), image, **options)
+    return SAMPLERS[method](tilt(prior, {"z": bent}), **long)
 
 
 def agree(draws, exact):
@@ -101,9 +100,10 @@ def test_tilted_prior_meets_quadrature(method):
     agree(long_run(method), quadrature(tilt(prior, {"z": bent})))
 
 
+@pytest.mark.slow
 def test_tilted_posterior_of_an_image_meets_quadrature(method):
     vae, image = small_vae()
-    draws = long_run(method, "posterior")
+    draws = SAMPLERS[method](tilt(vae.model, {"z": bent}), image, **long)
     agree(draws, quadrature(tilt(vae.model, {"z": bent}), image))
     assert draws.values["z"].shape == (2, 200, 1, 2)
     assert draws.observed.keys() == {"x"} and torch.equal(draws.observed["x"], image)
@@ -121,8 +121,8 @@ def test_every_draw_has_its_statistics(method):
 
 
 def test_lp_is_the_density_of_the_draw(method):
-    draws = long_run(method, "posterior")
     vae, image = small_vae()
+    draws = SAMPLERS[method](tilt(vae.model, {"z": bent}), image, **short)
     density = LogDensity.from_model(tilt(vae.model, {"z": bent}), image)
     torch.testing.assert_close(draws.stats["lp"], density(draws.values["z"].flatten(2)), atol=1e-4, rtol=1e-4)
 

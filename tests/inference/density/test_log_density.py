@@ -538,11 +538,11 @@ def test_proposals_draw_from_their_law(independent, vectorize):
     x = Y[:, None]
     density = LogDensity.from_model(gaussian_data, x, independent=independent, vectorize=vectorize)
     for proposal, loc, scale in ((None, torch.zeros(3, 1), torch.ones(2)), (guide, x, torch.tensor([0.5, 2.0]))):
-        u = density.proposal(proposal).draw(4000)
-        assert u.shape == (4000, *density.batch, density.dim)
-        z = u.reshape(4000, 3, 2)
-        assert ((z.mean(0) - loc).abs() < 4.5 * scale / 4000**0.5).all()
-        torch.testing.assert_close(z.std(0), scale.expand(3, 2), rtol=0.07, atol=0.0)
+        u = density.proposal(proposal).draw(1000)
+        assert u.shape == (1000, *density.batch, density.dim)
+        z = u.reshape(1000, 3, 2)
+        assert ((z.mean(0) - loc).abs() < 4.5 * scale / 1000**0.5).all()
+        torch.testing.assert_close(z.std(0), scale.expand(3, 2), rtol=0.1, atol=0.0)
 
 
 def test_proposals_of_constrained_sites():
