@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -118,14 +119,10 @@ class ImportanceSampler:
         depth, shapes = self.layout.depth, self.layout.shapes
         # Infinite and NaN weights are reported once, with their cause, and not by each site.
         with evaluation_mode(self.model, self.guide), pyro.validation_enabled(False):
+            # Bound, since an argument of theirs may be called num_samples.
+            model, guide = (functools.partial(each, *self.args, **self.kwargs) for each in (self.model, self.guide))
             log_weights, model_trace, guide_trace = vectorized_importance_weights(
-                self.model,
-                self.guide,
-                *self.args,
-                num_samples=num_samples,
-                max_plate_nesting=depth,
-                normalized=False,
-                **self.kwargs,
+                model, guide, num_samples=num_samples, max_plate_nesting=depth, normalized=False
             )
         values = {}
         for name in self.sites:

@@ -23,6 +23,7 @@ from pyro_ebm.structure.sites import (
     plate_depth,
     plate_dims,
     unconditioned,
+    unmasked,
 )
 
 __all__ = ["ModelStructure", "model_structure"]
@@ -85,8 +86,12 @@ def model_structure(
         parents = {site["name"]: get_provenance(log_prob_of(site)) for site in sites}
     varying = _varying_sites(model, args, kwargs, sites)
     ancestors: dict[str, frozenset[str]] = {}
+    orphans = [site for site in sites if not parents[site["name"]] - {site["name"]}]
+    unseen = _unseen_parents(model, args, kwargs, orphans)
     for site in sites:
         direct = parents[site["name"]] - {site["name"]}
+        if site["name"] in unseen:  # which they are, nobody knows
+            direct = direct | frozenset(ancestors)
         ancestors[site["name"]] = direct.union(*(ancestors.get(name, frozenset()) for name in direct))
     frames = {site["name"]: [f for f in site["cond_indep_stack"] if f.vectorized] for site in sites}
     return ModelStructure(
@@ -106,6 +111,30 @@ def model_structure(
         max_plate_nesting=plate_depth(trace),
         layout=Layout.of(trace),
     )
+
+
+def _unseen_parents(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], sites: list[Any]
+) -> set[str]:
+    """Sites without known parents whose distribution, or fixed value, differs in another run.
+
+    Finds what provenance cannot see: values that were written into a buffer, or went through Python numbers.
+    """
+    with forked_rng(2), torch.no_grad(), poutine.block(), evaluation_mode(model), pyro.validation_enabled(False):
+        other = poutine.trace(unconditioned(model)).get_trace(*args, **kwargs).nodes
+        found = set()
+        for site in sites:
+            rerun, value = other.get(site["name"]), detach_provenance(site["value"])
+            if rerun is None or rerun["value"].shape != value.shape:
+                continue
+            here, there = (
+                (value, rerun["value"])
+                if is_deterministic(site)
+                else (detach_provenance(log_prob_of(site)), unmasked(rerun["fn"]).log_prob(value))
+            )
+            if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-4, atol=1e-5, equal_nan=True):
+                found.add(site["name"])
+    return found
 
 
 def _varying_sites(

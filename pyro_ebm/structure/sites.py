@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, ImproperUniform
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
+from torch.distributions import biject_to
 
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
@@ -62,8 +64,20 @@ def prototype_trace(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> poutine.Trace:
     """One run of the model, to see its sites and shapes; leaves no trace in random state or modules."""
-    with forked_rng(0), torch.no_grad(), poutine.block(), evaluation_mode(model):
+    with forked_rng(0), torch.no_grad(), poutine.block(), evaluation_mode(model), _Somewhere():
         return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+class _Somewhere(Messenger):
+    """Sites that cannot be drawn get a point of their support."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        while isinstance(fn, torch.distributions.Independent | MaskedDistribution):
+            fn = fn.base_dist
+        if msg["value"] is None and isinstance(fn, ImproperUniform):
+            transform, shape = biject_to(fn.support), fn.shape()
+            msg["value"] = transform(torch.zeros(transform.inverse_shape(shape)))
 
 
 def sample_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:

@@ -222,7 +222,13 @@ class ModelTarget:
 def _describe(name: str, site: Mapping[str, Any], data_dim: int | None) -> Site:
     fn, shape = site["fn"], site["value"].shape
     if not fn.support.is_discrete:
-        transform = biject_to(fn.support)
+        try:
+            transform = biject_to(fn.support)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"site {name!r} ({type(fn).__name__}) has a support that no transform to unconstrained space is known "
+                f"for, {fn.support}; sample it in another form (a covariance as scales times an LKJCholesky factor)"
+            ) from error
         axis = None
         if data_dim is not None:
             axis = len(shape) - len(fn.event_shape) + data_dim

@@ -188,3 +188,17 @@ def test_looking_leaves_no_trace(look, rng_untouched):
         look(model, (), {})
     assert list(outer.trace.nodes) == []
     assert model.training and int(model.norm.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("how", ["buffer", "item"])
+def test_parents_that_tracking_cannot_see(how):
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+        loc = torch.zeros(2)
+        loc[0] = a if how == "buffer" else a.item()
+        pyro.deterministic("loc", loc)
+        pyro.sample("y", dist.Normal(loc, 1.0).to_event(1))
+
+    ancestors = model_structure(model, (), {}).ancestors
+    assert {"a", "b"} <= ancestors["y"] and {"a", "b"} <= ancestors["loc"] and not ancestors["b"]
