@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["as_tensor", "as_tensors"]
+__all__ = ["Array", "as_tensor", "as_tensors"]
 
+
+class _Table(Protocol):
+    """What a pandas Series, Index or DataFrame has."""
+
+    def to_numpy(self) -> Any:
+        """The values."""
+
+
+Array = Tensor | np.ndarray | _Table
 _NUMBERS = "biufc"  # kinds of numpy's dtypes that torch knows
 
 
@@ -21,6 +30,14 @@ def as_tensors(values: Any) -> Any:
         TypeError: a table with columns that are no numbers.
     """
     return tree_map(as_tensor, values)
+
+
+@overload
+def as_tensor(value: Array) -> Tensor: ...
+
+
+@overload
+def as_tensor(value: Any) -> Any: ...
 
 
 def as_tensor(value: Any) -> Any:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+import pyro_ebm
 from pyro_ebm.arrays import as_tensor, as_tensors
 
 FRAME = pd.DataFrame({"a": [1, 2], "b": [0.5, -1.0]})
@@ -77,3 +78,45 @@ def test_tensors_keep_their_identity():
 def test_a_table_with_words_is_an_error(table, kind):
     with pytest.raises(TypeError, match=rf"the columns \['name'\] of a pandas {kind} are no numbers; encode them"):
         as_tensor(table)
+
+
+# Functions that own the data they are given: arrays and tables do as tensors
+
+G = torch.Generator().manual_seed(0)
+ROWS, LABELS = torch.rand(60, 4, generator=G), torch.arange(60) % 3
+
+
+def _vae():
+    torch.manual_seed(0)
+    return pyro_ebm.VAE((4,), latent_dim=1, hidden=(4,)).eval()
+
+
+def _fitted(x):
+    vae, energy = _vae(), pyro_ebm.LinearEnergy([0.0])
+    model = pyro_ebm.tilt(vae.model, {"z": energy})
+    pyro_ebm.fit_tilt(model, vae.guide, x, bound="elbo", epochs=1, seed=0, progress=False)
+    return energy.a.detach()
+
+
+OWNERS = {
+    "log_likelihood": lambda x, y: pyro_ebm.log_likelihood(_vae().model, _vae().guide, x, num_samples=4, seed=0).value,
+    "posterior_draws": lambda x, y: pyro_ebm.posterior_draws(_vae().model, _vae().guide, x, num_samples=4, seed=0)[1],
+    "snis_log_likelihood": lambda x, y: pyro_ebm.snis_log_likelihood(
+        pyro_ebm.tilt(_vae().model, {"z": pyro_ebm.LinearEnergy([1.0])}), _vae().guide, x, num_samples=4, seed=0
+    ).value,
+    "fit_tilt": lambda x, y: _fitted(x),
+    "biased_split": lambda x, y: pyro_ebm.biased_split(x, y, [0.4, 0.3, 0.3], 0.5, reference_size=6, test_size=6)
+    .biased.images,
+    "class_balance": lambda x, y: pyro_ebm.class_balance(y, (0, 1, 2), weights=x[:, 0]).proportions,
+    "LabelClassifier": lambda x, y: pyro_ebm.LabelClassifier.fit(x, y).predict_proba(x),
+    "density_ratio": lambda x, y: pyro_ebm.density_ratio(x[:30], x[30:]).log_ratio,
+}
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ebm.InferenceWarning")
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "fit_tilt" else ()) for n in OWNERS])
+def test_functions_that_own_data_take_arrays(name):
+    expected = OWNERS[name](ROWS, LABELS)
+    assert torch.equal(OWNERS[name](ROWS.double().numpy(), LABELS.numpy()), expected)
+    if name not in ("class_balance", "density_ratio"):  # these tests take slices
+        assert torch.equal(OWNERS[name](pd.DataFrame(ROWS.numpy()), pd.Series(LABELS.numpy())), expected)

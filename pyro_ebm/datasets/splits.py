@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_ebm.arrays import Array, as_tensor
+
 from .images import ImageSet
 
 __all__ = ["BiasedSplit", "biased_split"]
@@ -44,8 +46,8 @@ class BiasedSplit:
 
 
 def biased_split(
-    x: Tensor,
-    y: Tensor,
+    x: Array,
+    y: Array,
     proportions: Sequence[float] | Mapping[int, float],
     fraction: float,
     seed: int = 0,
@@ -76,7 +78,8 @@ def biased_split(
         ValueError: images that are not finite, lengths or proportions that do not fit, a fraction
             outside (0, 1), a class with too few images for one of the parts.
     """
-    y = _checked_data(x, y)
+    x = as_tensor(x)
+    y = _checked_data(x, as_tensor(y))
     classes = tuple(y.unique().tolist())
     shares = _checked_proportions(proportions, classes)
     if not 0.0 < fraction < 1.0:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.checks import whole_number
 
 __all__ = [
@@ -42,7 +43,7 @@ class LabelClassifier:
     _calibration: Any = field(repr=False)
 
     @classmethod
-    def fit(cls, images: Tensor, labels: Tensor, *, seed: int = 0) -> LabelClassifier:
+    def fit(cls, images: Array, labels: Array, *, seed: int = 0) -> LabelClassifier:
         """Fit on labeled images that no model was trained on.
 
         Args:
@@ -62,6 +63,7 @@ class LabelClassifier:
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import SVC
 
+        images, labels = as_tensor(images), as_tensor(labels)
         classes, folds = _checked_labels(images, labels)
         features, targets = _features(images), labels.detach().cpu().numpy()
         if (features == features[0]).all():
@@ -78,7 +80,7 @@ class LabelClassifier:
         accuracy = float((calibration.predict(scores) == targets).mean())
         return cls(classes, accuracy, images.shape[1:], machine.fit(features, targets), calibration)
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Array) -> Tensor:
         """Return the most probable label of each image, int64 (n,).
 
         Args:
@@ -89,7 +91,7 @@ class LabelClassifier:
         """
         return torch.tensor(self.classes_)[self.predict_proba(images).argmax(-1)]
 
-    def predict_proba(self, images: Tensor) -> Tensor:
+    def predict_proba(self, images: Array) -> Tensor:
         """Return class probabilities, float32 (n, classes), in the order of ``classes_``.
 
         Args:
@@ -98,6 +100,7 @@ class LabelClassifier:
         Raises:
             ValueError: images of another shape, or not finite.
         """
+        images = as_tensor(images)
         if images.shape[1:].numel() != self.event_shape.numel() or images.ndim < 2:
             raise ValueError(
                 f"images must have shape (n, *{tuple(self.event_shape)}) as those fitted on, "
@@ -171,10 +174,10 @@ class ClassBalance:
 
 
 def class_balance(
-    labels: Tensor,
+    labels: Array,
     classes: Sequence[int],
     *,
-    weights: Tensor | None = None,
+    weights: Array | None = None,
     ess: float | None = None,
     num_bootstrap: int = 1000,
     prob: float = 0.95,
@@ -207,9 +210,9 @@ def class_balance(
     """
     import numpy as np
 
-    labels, names = labels.detach().cpu().to(torch.int64).flatten(), tuple(int(label) for label in classes)
+    labels, names = as_tensor(labels).detach().cpu().to(torch.int64).flatten(), tuple(int(label) for label in classes)
     n, equal = len(labels), weights is None
-    weights = _checked_weights(labels, names, weights)
+    weights = _checked_weights(labels, names, as_tensor(weights))
     if not 0.0 < prob < 1.0:
         raise ValueError(f"prob must lie strictly between 0 and 1, got {prob}")
     whole_number("num_bootstrap", num_bootstrap)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.arviz_statistics import importance_ess
 
 __all__ = ["DensityRatio", "density_ratio"]
@@ -71,7 +72,7 @@ def _truncated(weights: Tensor, largest: float) -> Tensor:
     return weights.clamp(max=float(caps[first]))
 
 
-def density_ratio(numerator: Tensor, denominator: Tensor, *, seed: int = 0) -> DensityRatio:
+def density_ratio(numerator: Array, denominator: Array, *, seed: int = 0) -> DensityRatio:
     r"""Estimate ``p_numerator(x) / p_denominator(x)`` at the data of the denominator by classification.
 
     A classifier's log odds between the two sets are ``log p_num(x) - log p_den(x) + log n_num - log n_den``.
@@ -105,6 +106,7 @@ def density_ratio(numerator: Tensor, denominator: Tensor, *, seed: int = 0) -> D
     from sklearn.metrics import log_loss, roc_auc_score
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
+    numerator, denominator = as_tensor(numerator), as_tensor(denominator)
     features = _checked_features(numerator, denominator)
     is_numerator = np.arange(len(features)) < len(numerator)
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.display import describe_log_likelihood, log_likelihood_as_html
@@ -166,7 +167,7 @@ def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
 def log_likelihood(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    x: Tensor | None = None,
+    x: Array | None = None,
     *,
     num_samples: int = 1000,
     log_z: Estimate | None = None,
@@ -206,6 +207,7 @@ def log_likelihood(
     whole_number("num_samples", num_samples, at_least=2)
     if x is None or not callable(guide):
         raise TypeError(_NO_GUIDE.format(type(guide).__name__))
+    x = as_tensor(x)
     call = tilted_call(model, (x,))
     _check_log_z(call, log_z)
     with random_stream(seed), torch.no_grad(), evaluation_mode(model, guide):
@@ -258,7 +260,7 @@ def _log_normalizer(model: Callable[..., Any], x: Tensor, batch_size: int, seed:
 def posterior_draws(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    x: Tensor,
+    x: Array,
     *,
     num_samples: int,
     seed: int | None = None,
@@ -278,7 +280,7 @@ def posterior_draws(
         site -> values (n, num_samples, *site_event), and log weights (n, num_samples) normalized per datum.
     """
     with random_stream(seed), torch.no_grad():
-        parts = list(_data_draws(model, guide, x, num_samples, batch_size))
+        parts = list(_data_draws(model, guide, as_tensor(x), num_samples, batch_size))
     log_weights = torch.cat([weights for _, weights in parts], 1).T.log_softmax(-1)
     values = {site: torch.cat([v[site] for v, _ in parts], 1).transpose(0, 1) for site in parts[0][0]}
     return {site: value.contiguous() for site, value in values.items()}, log_weights.contiguous()

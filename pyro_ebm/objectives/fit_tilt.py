@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
 from pyro_ebm.inference.importance import posterior_draws
@@ -32,7 +33,7 @@ _MAX_DIMS, _JUDGED, _LEAST_SHARE = 4, 200, 0.2
 def fit_tilt(
     model: TiltedModel,
     guide: Callable[..., Any],
-    x: Tensor,
+    x: Array,
     *,
     bound: str = "auto",
     num_particles: int = 32,
@@ -99,6 +100,7 @@ def fit_tilt(
     if saved:
         seed = saved["seed"]  # the posterior draws must be the same again
     seed = int(torch.randint(2**62, ())) if seed is None else seed
+    x = as_tensor(x)
     node = prototype_trace(model.base_model, (x,), {}).nodes[site]
     base = node["fn"]
     if node["is_observed"]:

@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
 from pyro_ebm.inference.importance import LogLikelihood, log_likelihood
@@ -79,7 +80,7 @@ class SamplingBound:
 def snis_log_likelihood(
     model: TiltedModel,
     guide: Callable[..., Any],
-    x: Tensor,
+    x: Array,
     *,
     num_samples: int = 1000,
     num_proposals: int = 1024,
@@ -113,6 +114,7 @@ def snis_log_likelihood(
     Reference:
         Lawson et al. (2019); Burda, Grosse, Salakhutdinov (2016), Importance Weighted Autoencoders.
     """
+    x = as_tensor(x)
     sampled = _sampled_model(model, (x[:1],), whole_number("num_proposals", num_proposals))
     return log_likelihood(sampled, guide, x, num_samples=num_samples, seed=seed, batch_size=batch_size)
 
