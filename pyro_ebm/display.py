@@ -80,7 +80,8 @@ def describe_draws(draws: Any) -> str:
     """One line: how they were made, how many there are, the sites with their shapes."""
     sites = ", ".join(f"{name}: {tuple(value.shape[2:])}" for name, value in draws.values.items())
     weighted = ", weighted" if draws.log_weights is not None else ""
-    return f"Draws({draws.method!r}, {draws.num_chains} chains of {draws.num_draws} draws{weighted}, {{{sites}}})"
+    chains = "chain" if draws.num_chains == 1 else "chains"
+    return f"Draws({draws.method!r}, {draws.num_chains} {chains} of {draws.num_draws} draws{weighted}, {{{sites}}})"
 
 
 def draws_as_html(draws: Any) -> str:

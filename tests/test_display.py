@@ -77,6 +77,7 @@ def test_weighted_draws_have_no_r_hat():
     weights = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
     log_z = Estimate(torch.tensor(-1.5), torch.tensor(0.25))
     draws = Draws({"z": torch.arange(4.0)[None]}, "snis", log_weights=weights, pareto_k=0.0, log_z=log_z)
+    assert repr(draws) == "Draws('snis', 1 chain of 4 draws, weighted, {z: ()})"
     found = read(draws)
     assert found.rows == [["site", "mean", "sd"], ["z", "0.5000", "0.5000"]]
     for fact in ("worth 2 draws", "Pareto k 0.00", "log Z -1.500 ± 0.2500"):

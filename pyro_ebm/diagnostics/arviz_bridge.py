@@ -91,6 +91,18 @@ def to_arviz(
     Warns:
         UserWarning: of sites called ``chain`` or ``draw``, which get another name, and of a model that fails at the
             draws.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_ebm import Draws, to_arviz
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> draws = Draws({"mu": torch.randn(4, 100)}, "nuts").with_model(model, torch.tensor([0.3, -0.2, 1.1]))
+        >>> tree = to_arviz(draws)  # what sample() returns knows its model: az.loo(to_arviz(sample(model, y)))
+        >>> tree["log_likelihood"]["y"].dims
+        ('chain', 'draw', 'data')
     """
     draws = as_draws(draws)
     kept = fewer_chains(draws, chains)

@@ -239,6 +239,10 @@ class Draws:
         """One row a draw: ``chain``, ``draw``, one column a component, ``weight`` where the draws are weighted.
 
         A scalar site is a column of its own name; components of others are named ``z[0]``, ``w[1,2]``.
+
+        Example:
+            >>> Draws({"mu": torch.zeros(2, 3), "z": torch.ones(2, 3, 2)}, "nuts").to_dataframe().columns.tolist()
+            ['chain', 'draw', 'mu', 'z[0]', 'z[1]']
         """
         import pandas as pd
 

@@ -278,7 +278,9 @@ LABELED = torch.arange(12.0).reshape(3, 4)
         (24, [i // 2 for i in range(24)]),
     ],
 )
-def test_draws_keep_their_order(num_samples, expected):
+@pytest.mark.parametrize("chunk", [4096, 5])
+def test_draws_keep_their_order(num_samples, expected, chunk, monkeypatch):
+    monkeypatch.setattr("pyro_ebm.inference.predictive._CHUNK", chunk)
     found = predictive(noisy, draws=Draws({"mu": LABELED}, "nuts"), num_samples=num_samples, seed=0)
     assert found["mu"].tolist() == list(expected)
     assert (found["y"] - found["mu"][:, None]).abs().max() < 0.01
