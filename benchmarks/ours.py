@@ -46,7 +46,7 @@ def ours_smc(target: Target, start: np.ndarray, *, warmup: int, draws: int, seed
     from pyro_ebm.inference.annealing.smc import SMC
 
     found = _quietly(
-        SMC(target.model, num_particles=draws, num_islands=len(start), seed=seed, progress=False).run,
+        SMC(target.model, particles_per_island=draws, num_islands=len(start), seed=seed, progress=False).run,
         *target.args,
     )
     weights = None if found.log_weights is None else found.log_weights.numpy()

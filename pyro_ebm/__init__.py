@@ -43,6 +43,7 @@ _EXPORTS = {
     "inference.kernels.hmc": ["ChEES", "HMC"],
     "inference.kernels.langevin": ["MALA", "ULA"],
     "inference.chains.mcmc": ["MCMC"],
+    "inference.annealing.tempering": ["Annealing"],
     "inference.annealing.smc": ["SMC"],
     "inference.annealing.ais": ["annealed_importance"],
     "inference.annealing.log_normalizer": ["log_normalizer"],

@@ -71,6 +71,9 @@ from pyro_ebm.inference.annealing.log_normalizer import (
 from pyro_ebm.inference.annealing.smc import (
     SMC,
 )
+from pyro_ebm.inference.annealing.tempering import (
+    Annealing,
+)
 from pyro_ebm.inference.chains.mcmc import (
     MCMC,
 )
@@ -215,6 +218,7 @@ from pyro_ebm.training.fit import (
 )
 
 __all__ = [
+    "Annealing",
     "__version__",
     "BiasedSplit",
     "BoundedEstimate",

@@ -123,7 +123,7 @@ CALLS = {
     "pyro_hmc": lambda *a, **k: _values(pyro_ebm.pyro_hmc(*a, warmup_steps=2, seed=0, **SHORT, **k)),
     "quadrature": lambda *a, **k: _values(pyro_ebm.quadrature(*a, num_points=51, **k)),
     "annealed_importance": lambda *a, **k: pyro_ebm.annealed_importance(
-        *a, num_chains=8, num_groups=2, num_temperatures=2, seed=0, progress=False, **k
+        *a, chains_per_group=4, num_groups=2, num_temperatures=2, seed=0, progress=False, **k
     ).value[None],
     "calibrate": _ranks,
     "predictive": lambda *a, **k: pyro_ebm.predictive(*a, num_samples=5, seed=0, **k)["y"].flatten(),
@@ -197,7 +197,8 @@ def test_a_misspelt_option_does_not_vanish_in_a_model_that_takes_everything():
 
 
 @pytest.mark.parametrize("run", [lambda m: MCMC(HMC(m), 4, 2, num_chains=2, seed=0, progress=False),
-                                 lambda m: SMC(m, num_particles=8, num_islands=2, seed=0, progress=False)])  # fmt: skip
+                                 lambda m: SMC(m, particles_per_island=8, num_islands=2, seed=0,
+                                               progress=False)])  # fmt: skip
 def test_runners_take_arrays_and_keep_every_keyword_for_the_model(run):
     expected = run(with_seed).run(torch.ones(3), y=Y, seed=1)
     found = run(with_seed).run(np.ones(3), y=Y.double().numpy(), seed=1)

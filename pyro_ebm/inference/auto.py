@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_ebm.errors import InferenceError, InferenceWarning
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.annealing.smc import SMC
+from pyro_ebm.inference.annealing.tempering import Annealing
 from pyro_ebm.inference.chains.mcmc import MCMC
 from pyro_ebm.inference.chains.pyro_kernels import pyro_nuts
 from pyro_ebm.inference.density.log_density import LogDensity
@@ -167,8 +168,8 @@ def _smc(
         steps.append(f"smc: not tried (about {seconds:.0f} s would not do for {_ISLANDS} islands of {least} particles)")
         return _Smc()
     smc = SMC(
-        density, num_particles=particles, num_islands=_ISLANDS, guide=guide, seed=seed, compile=compile,
-        progress=progress,
+        density, particles_per_island=particles, num_islands=_ISLANDS, seed=seed, progress=progress,
+        annealing=Annealing(guide=guide, compile=compile),
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InferenceWarning)  # told in the steps, judged by the chains that start there

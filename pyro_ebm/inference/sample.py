@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.annealing.smc import SMC
+from pyro_ebm.inference.annealing.tempering import Annealing
 from pyro_ebm.inference.auto import auto
 from pyro_ebm.inference.chains.mcmc import MCMC
 from pyro_ebm.inference.chains.pyro_kernels import pyro_hmc, pyro_nuts
@@ -32,6 +33,7 @@ _CHAINS = {"snis": 4, "nuts": 4, "hmc": 4, "smc": 8}  # the others: 64, a batch 
 _GIVEN = {"model", "model_kwargs", "target", "args", "kwargs", "guide", "num_samples", "num_chains", "seed"}
 _GIVEN |= {"began", "disable_progbar"}
 _OF_SAMPLE = {"method", "guide", "num_samples", "num_chains", "ess", "max_seconds", "seed", "progress"}
+_ANNEALING = {field.name for field in dataclasses.fields(Annealing)} - {"guide"}
 METHODS = ("auto", "snis", "nuts", "hmc", *_KERNELS, "smc")
 
 
@@ -132,7 +134,7 @@ def sample(
         shared: dict[str, Any] = {"guide": guide, "num_samples": num_samples, "num_chains": num_chains}
         return sampler(model, *args, seed=seed, max_seconds=max_seconds, model_kwargs=kwargs, **shared, **options)
     if method == "smc":
-        smc = SMC(model, num_particles=num_samples, num_islands=num_chains, guide=guide, seed=seed, **options)
+        smc = _smc(model, guide, options, particles_per_island=num_samples, num_islands=num_chains, seed=seed)
         return smc.run(*args, **kwargs)
     mcmc = _mcmc(method, model, options, num_samples=num_samples, num_chains=num_chains, guide=guide, seed=seed)
     return mcmc.run(*args, **kwargs) if target is None else run_until(mcmc, target, args, kwargs, began=began)
@@ -159,6 +161,15 @@ def _mcmc(method: str, model: Callable[..., Any], options: dict[str, Any], **set
     return MCMC(kernel(model, **of_kernel), **settings, **of_runner)
 
 
+def _smc(
+    model: Callable[..., Any], guide: Callable[..., Any] | None, options: dict[str, Any], **settings: Any
+) -> SMC:
+    """SMC with its own options, and those of where particles start and how they move."""
+    shared = {name: value for name, value in options.items() if name in _ANNEALING}
+    own = {name: value for name, value in options.items() if name not in _ANNEALING}
+    return SMC(model, annealing=Annealing(guide=guide, **shared), **settings, **own)
+
+
 def _kernel_options(kernel: type[Kernel]) -> set[str]:
     return {field.name for field in dataclasses.fields(kernel)} - {"target"}
 
@@ -169,7 +180,9 @@ def _known(method: str) -> set[str]:
         return _kernel_options(_KERNELS[method]) | _arguments(MCMC) - {"kernel"}
     if method == "snis":
         return {"strict", "vectorize"}  # importance() would pass others on to the model
-    functions: dict[str, Callable[..., Any]] = {"auto": auto, "nuts": pyro_nuts, "hmc": pyro_hmc, "smc": SMC}
+    if method == "smc":
+        return (_arguments(SMC) | _ANNEALING) - {"annealing", "particles_per_island", "num_islands"}
+    functions: dict[str, Callable[..., Any]] = {"auto": auto, "nuts": pyro_nuts, "hmc": pyro_hmc}
     return _arguments(functions[method])
 
 

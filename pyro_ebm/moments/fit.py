@@ -204,7 +204,7 @@ class _Source:
         tilted = tilted if self.given is None else self.given + tilted
         sampler = SMC(
             TiltedDistribution(self.base, tilted),  # type: ignore[arg-type]
-            num_particles=self.num_samples // (4 * _ISLANDS),
+            particles_per_island=self.num_samples // (4 * _ISLANDS),
             num_islands=_ISLANDS,
             seed=fingerprint((), self.seed, "smc", stream) % 2**31,
             progress=False,

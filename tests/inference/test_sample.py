@@ -14,6 +14,7 @@ from pyro_ebm import (
     MCMC,
     SMC,
     ULA,
+    Annealing,
     ChEES,
     InferenceError,
     InferenceWarning,
@@ -83,12 +84,12 @@ def test_batched_chains(method):
 @pytest.mark.parametrize("kernel", [None, MALA])
 def test_smc(kernel):
     options = {} if kernel is None else {"kernel": kernel}
-    smc = SMC(
-        TILTED, num_particles=40, num_islands=3, guide=guide, target_ess=0.6, seed=0, progress=False, **options
-    )
+    annealing = Annealing(guide=guide, **options)
+    shared = {"target_ess": 0.6, "seed": 0, "progress": False}
+    smc = SMC(TILTED, annealing=annealing, particles_per_island=40, num_islands=3, **shared)
     found = sample(
-        TILTED, 0.5, method="smc", guide=guide, num_samples=40, num_chains=3, target_ess=0.6, seed=0, progress=False,
-        model_kwargs={"scale": 2.0}, **options,
+        TILTED, 0.5, method="smc", guide=guide, num_samples=40, num_chains=3, model_kwargs={"scale": 2.0},
+        **shared, **options,
     )  # fmt: skip
     expected = smc.run(0.5, scale=2.0)
     assert found.method == "smc" and (found.num_chains, found.num_draws) == (3, 40)
@@ -248,3 +249,17 @@ def test_progress(method, bars, progress, capsys):
     names = [name for name in ("nuts", "chees", "smc") if f"{name}:" in shown]
     assert len(names) == (bars if progress else 0)
     assert progress or not shown
+
+
+@pytest.mark.parametrize(
+    "option", [{"kernel": MALA}, {"base": None}, {"compile": False}, {"generator": None}, {"num_moves": 2}], ids=repr
+)
+def test_smc_takes_the_options_of_its_way_by_name(option):
+    found = sample(TILTED, method="smc", num_samples=8, num_chains=2, seed=0, progress=False, **option)
+    assert found.values["z"].shape[:2] == (2, 8)
+
+
+@pytest.mark.parametrize("name", ["kernal", "annealing", "particles_per_island", "num_islands", "trajectory_length"])
+def test_smc_refuses_others(name):
+    with pytest.raises(TypeError, match=name):
+        sample(TILTED, method="smc", num_samples=8, num_chains=2, seed=0, progress=False, **{name: 1})

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import InferenceError, report
 from pyro_ebm.estimates import BoundedEstimate, log_mean_exp
-from pyro_ebm.inference.annealing.population import Annealing, Population, anneal
-from pyro_ebm.inference.annealing.tempering import Path, Points, kernel_for, path_to
+from pyro_ebm.inference.annealing.population import Pace, Population, anneal
+from pyro_ebm.inference.annealing.tempering import Annealing, Path, Points, path_to
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.kernel import Kernel, Step, Tuning
 from pyro_ebm.inference.kernels.langevin import ULA
@@ -32,19 +31,13 @@ _MAX_GAP = 1.0  # nats between the bounds
 def annealed_importance(
     target: Any,
     *args: Any,
-    kernel: Kernel | type[Kernel] | None = None,
-    num_chains: int = 1024,
+    chains_per_group: int = 64,
     num_groups: int = 16,
     num_temperatures: int = 64,
     prob: float = 0.99,
     draws: Draws | Mapping[str, Tensor] | None = None,
-    guide: Callable[..., Any] | None = None,
-    base: Distribution | None = None,
-    independent: str | None = None,
-    vectorize: str = "plate",
+    annealing: Annealing = Annealing(),  # noqa: B008  (immutable)
     seed: int | None = None,
-    generator: torch.Generator | None = None,
-    compile: bool = False,
     progress: bool = True,
     strict: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -65,20 +58,15 @@ def annealed_importance(
     Args:
         target: a Pyro model, a distribution, or a :class:`LogDensity`.
         *args: arguments of the model.
-        kernel: what moves the chains, as in :class:`SMC`; it must leave its target invariant.
-        num_chains: chains in each direction, over all groups.
+        chains_per_group: chains in each direction.
         num_groups: groups of chains that share only temperatures and tuning.
         num_temperatures: steps between base and target.
         prob: probability that both bounds hold.
-        draws: exact draws of the target to go back from, at least ``num_chains``, instead of the particles of SMC;
+        draws: exact draws of the target to go back from, at least one for each chain, instead of the particles of SMC;
             a :class:`Draws` or values by site, (num, *site_shape).
-        guide: a distribution of the latent sites to start from instead of the prior.
-        base: a distribution of points in unconstrained space, as in :class:`SMC`.
-        independent: as in :class:`SMC`.
-        vectorize: as in :class:`SMC`.
+        annealing: where chains start, how they move and how the model is run; see :class:`Annealing`. The kernel must
+            leave its target invariant.
         seed: a number for the same answer twice; ``None`` uses the global generator.
-        generator: a source of randomness instead of a seed.
-        compile: hand the captured graph to ``torch.compile``.
         progress: show a progress bar.
         strict: raise instead of warn when the bounds cannot be trusted.
         model_kwargs: the model's keyword arguments, whatever their names.
@@ -108,15 +96,15 @@ def annealed_importance(
         >>> bool(log_z.lower < 2.0 < log_z.upper)
         True
     """
-    kernel = kernel_for(target, kernel, independent=independent, vectorize=vectorize)
-    _check(kernel, num_chains, num_groups, num_temperatures, prob)
-    one_source(seed, generator)
-    path = path_to(kernel, args, dict(model_kwargs or {}), guide=guide, base=base)
-    start, generator = streams(random_seed(seed, generator), generator, path.target.like.device)
-    size = num_chains // num_groups
+    kernel, size = annealing.kernel_of(target), chains_per_group
+    _check(kernel, size, num_groups, num_temperatures, prob)
+    one_source(seed, annealing.generator)
+    path = path_to(kernel, args, dict(model_kwargs or {}), guide=annealing.guide, base=annealing.base)
+    seed = random_seed(seed, annealing.generator)
+    start, generator = streams(seed, annealing.generator, path.target.like.device)
     with path.quiet(), tqdm(desc="ais", disable=not progress, unit=" temperatures") as bar:
-        points = path.start(size, num_groups, seed=start, compile=compile)
-        pilot = anneal(path, kernel, points, Annealing(), generator=generator, bar=bar)
+        points = path.start(size, num_groups, seed=start, compile=annealing.compile)
+        pilot = anneal(path, kernel, points, Pace(), generator=generator, bar=bar)
         walk = _Walk(path, kernel, schedule_of(pilot, num_temperatures), generator, bar)
         given = None if draws is None else path.at(_given(path, draws, size, num_groups))
         end = _settled(path, kernel, pilot, generator) if given is None else given
@@ -272,12 +260,11 @@ def bridge(forward: Tensor, backward: Tensor) -> Tensor:
     return 0.5 * (low + high)
 
 
-def _check(kernel: Kernel, num_chains: int, num_groups: int, num_temperatures: int, prob: float) -> None:
+def _check(kernel: Kernel, chains_per_group: int, num_groups: int, num_temperatures: int, prob: float) -> None:
     if isinstance(kernel, ULA):
         raise ValueError("kernel must leave its target invariant, which ULA does not: use MALA")
     whole_number("num_groups", num_groups, at_least=2)
-    if whole_number("num_chains", num_chains) < 2 * num_groups:
-        raise ValueError(f"num_chains must be at least twice num_groups = {num_groups}, got {num_chains}")
+    whole_number("chains_per_group", chains_per_group, at_least=2)
     whole_number("num_temperatures", num_temperatures)
     if not 0 < prob < 1:
         raise ValueError(f"prob must lie between 0 and 1, got {prob}")
@@ -291,10 +278,10 @@ def _report(found: BoundedEstimate, *, strict: bool) -> None:
     if bool((gap < 0).any()):
         problem = (
             "the lower bound lies above the upper one: the draws of the target that chains went back from do not "
-            "follow it; give draws=, more num_chains, or a guide that knows all modes"
+            "follow it; give draws=, more chains_per_group, or a guide that knows all modes"
         )
     elif not bool((gap < _MAX_GAP).all()):
-        problem = f"the bounds lie {float(gap.max()):.2f} nats apart: more num_temperatures, then more num_chains"
+        problem = f"the bounds lie {float(gap.max()):.2f} nats apart: more num_temperatures, then more chains_per_group"
     else:
         return
     report(f"ais: {problem}", strict=strict)

@@ -17,6 +17,7 @@ from pyro_ebm.errors import report
 from pyro_ebm.estimates import BoundedEstimate, Estimate
 from pyro_ebm.inference.annealing.ais import annealed_importance, bridge
 from pyro_ebm.inference.annealing.smc import SMC
+from pyro_ebm.inference.annealing.tempering import Annealing
 from pyro_ebm.randomness import fingerprint, random_stream
 from pyro_ebm.structure import unmasked
 from pyro_ebm.tilts.normalizer import METHODS as SAMPLED
@@ -29,6 +30,7 @@ METHODS = (*SAMPLED, "smc", "bridge", "ais")
 _NUM_SAMPLES = {"importance": 16384, "qmc": 16384, "smc": 8192, "bridge": 8192, "ais": 1024}
 _ISLANDS = 8
 _BRIDGE_ISLANDS = 16
+_GROUPS = 16
 _LEAST_OVERLAP = 50.0  # draws
 
 
@@ -94,11 +96,12 @@ def log_normalizer(
         exact = sampled_log_normalizer(base, energy, strict=strict)
         return BoundedEstimate(*exact, exact.value, exact.value) if method == "ais" else exact
     model, independent = _tilted_model(base, energy, method)
-    options: dict[str, Any] = {"independent": independent, "seed": seed, "progress": False, "strict": strict}
+    options: dict[str, Any] = {"seed": seed, "progress": False, "strict": strict}
+    options["annealing"] = Annealing(independent=independent)
     if method == "ais":
-        return annealed_importance(model, num_chains=num, **options)
+        return annealed_importance(model, chains_per_group=max(num // _GROUPS, 2), num_groups=_GROUPS, **options)
     islands = min(_BRIDGE_ISLANDS if method == "bridge" else _ISLANDS, max(num // 2, 1))
-    draws = SMC(model, num_particles=max(num // islands, 2), num_islands=islands, **options).run()
+    draws = SMC(model, particles_per_island=max(num // islands, 2), num_islands=islands, **options).run()
     if method == "bridge":
         return _bridged(base, energy, draws.values["v"], seed=seed, strict=strict)
     return Estimate(*(torch.as_tensor(part).to(draws.values["v"]) for part in draws.log_z))  # type: ignore[union-attr]

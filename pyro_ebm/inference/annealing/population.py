@@ -16,7 +16,7 @@ from pyro_ebm.inference.annealing.tempering import Path, Points
 from pyro_ebm.inference.kernels.adaptation import Adaptation, find_step_size, initial_tuning
 from pyro_ebm.inference.kernels.kernel import Info, Kernel, State, Tuning
 
-__all__ = ["Annealing", "Population", "Rung", "anneal", "next_step", "systematic"]
+__all__ = ["Pace", "Population", "Rung", "anneal", "next_step", "systematic"]
 
 _MOVED, _MOVED_AT_END = 0.4, 0.1  # correlation with where particles were before the moves
 _LEAST_STEP = 1e-12
@@ -26,8 +26,8 @@ _GAIN = 1.0  # of the log step size for too high an acceptance
 
 
 @dataclass(frozen=True)
-class Annealing:
-    """How particles go from temperature to temperature; arguments as in ``SMC``."""
+class Pace:
+    """How fast particles go from temperature to temperature; arguments as in ``SMC``."""
 
     target_ess: float = 0.8
     num_moves: int | None = None
@@ -86,7 +86,7 @@ def anneal(
     path: Path,
     kernel: Kernel,
     points: Points,
-    settings: Annealing,
+    settings: Pace,
     *,
     generator: torch.Generator,
     bar: tqdm | None = None,
@@ -224,7 +224,7 @@ def _check_progress(population: Population) -> None:
 class _Mover:
     """Moves particles at one temperature after the other, and learns how."""
 
-    def __init__(self, path: Path, kernel: Kernel, settings: Annealing, generator: torch.Generator) -> None:
+    def __init__(self, path: Path, kernel: Kernel, settings: Pace, generator: torch.Generator) -> None:
         self.path, self.kernel, self.settings, self.generator = path, kernel, settings, generator
         self._lengths: Adaptation | None = None
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_ebm.arrays import as_tensors
 from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import report
 from pyro_ebm.estimates import Estimate, importance_estimate
-from pyro_ebm.inference.annealing.population import Annealing, Population, anneal
-from pyro_ebm.inference.annealing.tempering import Path, kernel_for, path_to
+from pyro_ebm.inference.annealing.population import Pace, Population, anneal
+from pyro_ebm.inference.annealing.tempering import Annealing, Path, path_to
 from pyro_ebm.inference.chains.report import worst_r_hat
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.kernels.kernel import Kernel
@@ -43,23 +41,13 @@ class SMC:
 
     Args:
         target: a Pyro model, a distribution, or a :class:`LogDensity`.
-        kernel: what moves the particles: a class (``ChEES``) or a kernel made for this target;
-            :class:`HMC` by default. Step size and scales are set at each temperature, for each island
-            by the particles of the others: the kernel must not depend on what it moves.
-        num_particles: particles per island.
+        particles_per_island: so many.
         num_islands: populations of particles; a single one is tuned on itself.
-        guide: a distribution of the latent sites to start from instead of the prior.
-        base: a distribution of points in unconstrained space, event_shape (dim,); the standard normal for a
-            :class:`LogDensity` made from a function.
-        independent: name of a plate of the model whose elements are targets of their own, each with its
-            own temperatures and log Z.
-        vectorize: how the model is run on many particles; see :meth:`LogDensity.from_model`.
         target_ess: share of the particles that weights must be worth, between 0 and 1.
         num_moves: moves at each temperature; as many as it takes, at most ``max_moves``, when ``None``.
         max_moves: at each temperature.
         seed: a number for the same draws twice; ``None`` uses the global generator.
-        generator: a source of randomness instead of a seed.
-        compile: hand the captured graph to ``torch.compile``.
+        annealing: where particles start, how they move and how the model is run; see :class:`Annealing`.
         progress: show a progress bar.
         strict: raise instead of warn when the draws cannot be trusted.
 
@@ -78,7 +66,7 @@ class SMC:
         >>> def model():
         ...     pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         >>> tilted = tilt(model, {"z": LinearEnergy([2.0, 0.0])})  # N((2, 0), I), log Z = 2
-        >>> draws = SMC(tilted, num_particles=256, num_islands=4, seed=0, progress=False).run()
+        >>> draws = SMC(tilted, particles_per_island=256, num_islands=4, seed=0, progress=False).run()
         >>> draws.values["z"].shape, round(float(draws.log_z.value))
         (torch.Size([4, 256, 2]), 2)
     """
@@ -86,31 +74,24 @@ class SMC:
     def __init__(
         self,
         target: Any,
-        kernel: Kernel | type[Kernel] | None = None,
         *,
-        num_particles: int = 1024,
+        particles_per_island: int = 1024,
         num_islands: int = 8,
-        guide: Callable[..., Any] | None = None,
-        base: Distribution | None = None,
-        independent: str | None = None,
-        vectorize: str = "plate",
         target_ess: float = 0.8,
         num_moves: int | None = None,
         max_moves: int = 10,
+        annealing: Annealing = Annealing(),  # noqa: B008  (immutable)
         seed: int | None = None,
-        generator: torch.Generator | None = None,
-        compile: bool = False,
         progress: bool = True,
         strict: bool = False,
     ) -> None:
-        whole_number("num_particles", num_particles, at_least=2)
+        whole_number("particles_per_island", particles_per_island, at_least=2)
         whole_number("num_islands", num_islands)
-        one_source(seed, generator)
-        self.kernel = kernel_for(target, kernel, independent=independent, vectorize=vectorize)
-        self.annealing = Annealing(target_ess, num_moves, max_moves)
-        self.num_particles, self.num_islands, self.guide, self.base = num_particles, num_islands, guide, base
-        self.seed, self.generator, self.compile = seed, generator, compile
-        self.progress, self.strict = progress, strict
+        one_source(seed, annealing.generator)
+        self.kernel, self.annealing = annealing.kernel_of(target), annealing
+        self.pace = Pace(target_ess, num_moves, max_moves)
+        self.particles_per_island, self.num_islands = particles_per_island, num_islands
+        self.seed, self.progress, self.strict = seed, progress, strict
 
     def run(self, *args: Any, **kwargs: Any) -> Draws:
         """Carry the particles from the base to the target.
@@ -135,12 +116,13 @@ class SMC:
             InferenceWarning: when islands disagree or particles hardly moved.
         """
         began = time.perf_counter()
-        path = path_to(self.kernel, as_tensors(args), as_tensors(kwargs), guide=self.guide, base=self.base)
-        seed = random_seed(self.seed, self.generator)
-        base_seed, generator = streams(seed, self.generator, path.target.like.device)
+        how = self.annealing
+        path = path_to(self.kernel, as_tensors(args), as_tensors(kwargs), guide=how.guide, base=how.base)
+        seed = random_seed(self.seed, how.generator)
+        base_seed, generator = streams(seed, how.generator, path.target.like.device)
         with path.quiet(), tqdm(desc="smc", disable=not self.progress, unit=" temperatures") as bar:
-            points = path.start(self.num_particles, self.num_islands, seed=base_seed, compile=self.compile)
-            population = anneal(path, self.kernel, points, self.annealing, generator=generator, bar=bar)
+            points = path.start(self.particles_per_island, self.num_islands, seed=base_seed, compile=how.compile)
+            population = anneal(path, self.kernel, points, self.pace, generator=generator, bar=bar)
             draws = _as_draws(path, population)
         seconds = time.perf_counter() - began
         draws = replace(draws, seconds=seconds, sampling_seconds=seconds)
@@ -201,10 +183,10 @@ def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: boo
         worst = max(worst_r_hat(value) for value in draws.values.values())
         if worst > R_HAT_OF_DISAGREEMENT:
             problems.append(
-                f"islands disagree (R-hat {worst:.2f} > {R_HAT_OF_DISAGREEMENT}): more num_particles, a guide that "
-                f"knows all modes, or more temperatures (target_ess nearer to 1)"
+                f"islands disagree (R-hat {worst:.2f} > {R_HAT_OF_DISAGREEMENT}): more particles_per_island, a guide "
+                f"that knows all modes, or more temperatures (target_ess nearer to 1)"
             )
         error = float(torch.as_tensor(draws.log_z.se).max())  # type: ignore[union-attr]
         if not error < _MAX_SE:
-            problems.append(f"log Z is uncertain by {error:.2f} (> {_MAX_SE}): more num_particles")
+            problems.append(f"log Z is uncertain by {error:.2f} (> {_MAX_SE}): more particles_per_island")
     report(f"smc: {'; '.join(problems)}" if problems else None, strict=strict)

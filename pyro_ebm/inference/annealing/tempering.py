@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,7 +19,42 @@ from pyro_ebm.inference.kernels.kernel import Kernel, State, Tuning, ValueAndGra
 from pyro_ebm.modules import frozen
 from pyro_ebm.randomness import forked_rng
 
-__all__ = ["Path", "Points", "kernel_for", "path_to"]
+__all__ = ["Annealing", "Path", "Points", "kernel_for", "path_to"]
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """What :class:`SMC` and :func:`annealed_importance` share: where the way to the target begins, and who goes it.
+
+    Args:
+        kernel: what moves the particles or chains: a class (``ChEES``) or a kernel made for the target; :class:`HMC`
+            by default. Step size and scales are set at each temperature, for each island (or group) by the particles
+            of the others: the kernel must not depend on what it moves.
+        guide: a distribution of the latent sites to start from instead of the prior.
+        base: a distribution of points in unconstrained space, event_shape (dim,); the standard normal for a
+            :class:`LogDensity` made from a function.
+        independent: name of a plate of the model whose elements are targets of their own, each with its own
+            temperatures and log Z.
+        vectorize: how the model is run on many particles; see :meth:`LogDensity.from_model`.
+        generator: a source of randomness instead of a seed.
+        compile: hand the captured graph to ``torch.compile``.
+
+    Example:
+        ``SMC(model, annealing=Annealing(ChEES, guide=guide), seed=0).run(x)``
+    """
+
+    kernel: Kernel | type[Kernel] | None = None
+    _: KW_ONLY
+    guide: Callable[..., Any] | None = None
+    base: Distribution | None = None
+    independent: str | None = None
+    vectorize: str = "plate"
+    generator: torch.Generator | None = None
+    compile: bool = False
+
+    def kernel_of(self, target: Any) -> Kernel:
+        """The kernel for this target; errors of :func:`kernel_for`."""
+        return kernel_for(target, self.kernel, independent=self.independent, vectorize=self.vectorize)
 
 
 class Points(NamedTuple):

@@ -15,6 +15,7 @@ from pyro_ebm import (
     HMC,
     MALA,
     ULA,
+    Annealing,
     ChEES,
     Draws,
     Estimate,
@@ -44,8 +45,9 @@ def ten():
 
 
 def run(target, *args, seed=0, **options):
-    options = {"num_chains": 256, "num_groups": 16, "num_temperatures": 16} | options
-    return annealed_importance(target, *args, seed=seed, progress=False, **options)
+    options = {"chains_per_group": 16, "num_groups": 16, "num_temperatures": 16} | options
+    shared = {name: options.pop(name) for name in set(options) & set(Annealing.__dataclass_fields__)}
+    return annealed_importance(target, *args, annealing=Annealing(**shared), seed=seed, progress=False, **options)
 
 
 def brackets(log_z, truth, *, max_gap=1.0):
@@ -65,7 +67,7 @@ def test_a_linear_tilt_in_ten_dimensions(kernel):
 @pytest.mark.slow
 def test_the_pair_brackets_the_truth_in_at_least_95_of_100_runs():
     target = tilt(ten, {"z": LinearEnergy(A)})
-    runs = [run(target, seed=seed, num_chains=512, num_groups=16, num_temperatures=24) for seed in range(100)]
+    runs = [run(target, seed=seed, chains_per_group=32, num_groups=16, num_temperatures=24) for seed in range(100)]
     held = sum(bool(found.lower < 4.5 < found.upper) for found in runs)
     assert held >= 95
     assert sum(float(found.upper - found.lower) for found in runs) / 100 < 0.3
@@ -107,7 +109,7 @@ def test_independent_data():
             pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
 
     x = torch.tensor([[0.0], [2.0], [-3.5]])
-    found = run(model, x, independent="data", num_chains=512)
+    found = run(model, x, independent="data", chains_per_group=32)
     truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x[:, 0])
     assert found.lower.shape == found.upper.shape == found.value.shape == (3,)
     for k in range(3):
@@ -198,14 +200,14 @@ def test_the_result_is_an_estimate_with_bounds():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_dtypes(dtype):
     base = dist.Normal(torch.zeros(2, dtype=dtype), 1.0).to_event(1)
-    found = run(TiltedDistribution(base, QuadraticEnergy(1.0)), num_chains=32, num_temperatures=4)
+    found = run(TiltedDistribution(base, QuadraticEnergy(1.0)), chains_per_group=2, num_temperatures=4)
     assert all(part.dtype == dtype and part.shape == () for part in (*found, found.lower, found.upper))
 
 
 @pytest.mark.filterwarnings("ignore::pyro_ebm.errors.InferenceWarning")  # few chains
 def test_seeds(rng_untouched):
     density = LogDensity(lambda u: -u.square().sum(-1), 2)
-    short = {"num_chains": 32, "num_temperatures": 3}
+    short = {"chains_per_group": 2, "num_temperatures": 3}
     with rng_untouched():
         one, two, other = (run(density, seed=seed, **short) for seed in (1, 1, 2))
         generators = [torch.Generator().manual_seed(3) for _ in range(2)]
@@ -220,7 +222,7 @@ def test_seeds(rng_untouched):
 def test_errors():
     for options, message in (
         ({"num_groups": 1}, "num_groups must be a whole number of at least 2"),
-        ({"num_chains": 15}, "num_chains must be at least twice num_groups = 16, got 15"),
+        ({"chains_per_group": 1}, "chains_per_group must be a whole number of at least 2, got 1"),
         ({"num_temperatures": 0}, "num_temperatures must be a whole number of at least 1, got 0"),
         ({"prob": 1.0}, "prob must lie between 0 and 1, got 1.0"),
         ({"kernel": ULA}, "kernel must leave its target invariant, which ULA does not"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_ebm import MALA, LogDensity
-from pyro_ebm.inference.annealing.population import Annealing, Population, _Mover
+from pyro_ebm.inference.annealing.population import Pace, Population, _Mover
 from pyro_ebm.inference.annealing.tempering import Points
 from pyro_ebm.inference.kernels.kernel import Info, Tuning
 
@@ -23,7 +23,7 @@ def info_of(acceptance_rate):
 
 
 def mover():
-    return _Mover(None, MALA(LogDensity(lambda u: -u.square().sum(-1), 2)), Annealing(), torch.Generator())
+    return _Mover(None, MALA(LogDensity(lambda u: -u.square().sum(-1), 2)), Pace(), torch.Generator())
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])

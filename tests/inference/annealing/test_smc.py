@@ -13,6 +13,7 @@ import pyro_ebm.inference.annealing.population as population
 from pyro_ebm import (
     MALA,
     ULA,
+    Annealing,
     ChEES,
     InferenceError,
     InferenceWarning,
@@ -24,7 +25,7 @@ from pyro_ebm import (
     quadrature,
     tilt,
 )
-from pyro_ebm.inference.annealing.population import Annealing
+from pyro_ebm.inference.annealing.population import Pace
 from pyro_ebm.inference.annealing.smc import SMC
 
 T_ISLANDS = 5.4  # standard errors that 8 islands tell: beyond it one time in a thousand (Student's t)
@@ -39,11 +40,12 @@ def bent(z):
     return 2 * torch.tanh(2 * z[..., 0] + z[..., 1]) - 1.5 * torch.tanh(z[..., 1] - z[..., 0] - 1)
 
 
-def run(target, *args, kernel=None, num_particles=256, num_islands=8, seed=0, **options):
+def run(target, *args, particles_per_island=256, num_islands=8, seed=0, **options):
+    shared = {name: options.pop(name) for name in set(options) & set(Annealing.__dataclass_fields__)}
     smc = SMC(
         target,
-        kernel,
-        num_particles=num_particles,
+        annealing=Annealing(**shared),
+        particles_per_island=particles_per_island,
         num_islands=num_islands,
         seed=seed,
         progress=False,
@@ -79,7 +81,7 @@ def test_a_linear_tilt_in_ten_dimensions(kernel):
         return pyro.sample("z", dist.Normal(torch.zeros(10), 1.0).to_event(1))
 
     # Twenty means are judged at once, by errors better known than those of 8 islands
-    draws = run(tilt(model, {"z": LinearEnergy(a)}), kernel=kernel, num_particles=128, num_islands=16)
+    draws = run(tilt(model, {"z": LinearEnergy(a)}), kernel=kernel, particles_per_island=128, num_islands=16)
     assert_log_z(draws, 4.5)
     assert_mean(draws, "z", lambda z: z, a)
     assert_mean(draws, "z", lambda z: (z - a) ** 2, 1.0)
@@ -93,7 +95,7 @@ def test_a_skewed_tilt_meets_quadrature(guided):
 
     tilted = tilt(prior, {"z": bent})
     exact = quadrature(tilted)
-    draws = run(tilted, guide=guide if guided else None, num_particles=512)
+    draws = run(tilted, guide=guide if guided else None, particles_per_island=512)
     assert_log_z(draws, exact.log_z.value, max_se=0.05)
     for f in (lambda z: z, lambda z: z**2, lambda z: z**3):
         assert_mean(draws, "z", f, (exact.weights[:, None] * f(exact.flat("z"))).sum(0))
@@ -111,7 +113,7 @@ def modes(u):
 @pytest.mark.parametrize("kernel", [None, ChEES], ids=["HMC", "ChEES"])
 def test_modes_far_apart_get_their_weights(kernel):
     base = dist.Normal(torch.zeros(2), 4.0).to_event(1)
-    draws = run(LogDensity(modes, 2), base=base, kernel=kernel, num_particles=512)
+    draws = run(LogDensity(modes, 2), base=base, kernel=kernel, particles_per_island=512)
     assert_log_z(draws, 2.0)
     assert_mean(draws, "u", lambda u: (u[..., 0] > 0).double(), 0.7, max_se=0.04)
     assert_mean(draws, "u", lambda u: (u.abs() - 4) ** 2, 0.25, max_se=0.03)
@@ -126,7 +128,7 @@ def test_constrained_supports_meet_quadrature():
 
     y = torch.tensor([2.0, 3.0, 1.5, 2.5])
     exact = quadrature(model, y)
-    draws = run(model, y, num_particles=512)
+    draws = run(model, y, particles_per_island=512)
     assert_log_z(draws, exact.log_z.value)
     for site in ("s", "m"):
         for f in (lambda x: x.log(), lambda x: x.log() ** 2, lambda x: (x > 1).double()):
@@ -182,7 +184,7 @@ def test_a_very_narrow_target():
 @pytest.mark.slow
 def test_log_z_is_within_its_standard_error():
     tilted = tilt(prior, {"z": LinearEnergy([2.0, -1.0])})
-    found = [run(tilted, num_particles=256, seed=seed).log_z for seed in range(60)]
+    found = [run(tilted, particles_per_island=256, seed=seed).log_z for seed in range(60)]
     z = torch.tensor([(value - 2.5) / se for value, se in found])
     # Student's t with 7 degrees of freedom has standard deviation 1.18
     assert abs(float(z.mean())) < 4 * 1.18 / math.sqrt(60) and 0.8 < float(z.std()) < 1.7
@@ -197,7 +199,7 @@ def test_log_z_has_no_bias_where_islands_are_small():
         return pyro.sample("z", dist.Normal(torch.zeros(8), 1.0).to_event(1))
 
     tilted = tilt(model, {"z": QuadraticEnergy(8.0)})
-    found = [run(tilted, num_particles=32, num_islands=16, seed=seed).log_z.value for seed in range(30)]
+    found = [run(tilted, particles_per_island=32, num_islands=16, seed=seed).log_z.value for seed in range(30)]
     error = torch.tensor(found) + 4 * math.log(9.0)
     assert abs(error.mean()) < 4 * error.std() / math.sqrt(30) < 0.12
 
@@ -206,7 +208,7 @@ def test_log_z_has_no_bias_where_islands_are_small():
 
 
 def test_weights_notes_and_counts():
-    draws = run(tilt(prior, {"z": LinearEnergy([3.0, 0.0])}), num_particles=64, num_islands=4)
+    draws = run(tilt(prior, {"z": LinearEnergy([3.0, 0.0])}), particles_per_island=64, num_islands=4)
     assert float(draws.log_weights.double().exp().sum()) == pytest.approx(1.0, abs=1e-5)
     share = draws.log_weights.double().exp().sum(1)
     torch.testing.assert_close(
@@ -257,7 +259,7 @@ def test_kernels_keep_their_own_settings():
         draws = run(target, kernel=kernel)
     assert_log_z(draws, 2.0)
     assert all((tuning.step_size == 0.5).all() and (tuning.inverse_mass == 1).all() for tuning in path_tunings)
-    own = SMC(target, ChEES(target, target_accept_prob=0.9)).kernel
+    own = SMC(target, annealing=Annealing(ChEES(target, target_accept_prob=0.9))).kernel
     assert own.target_accept_prob == 0.9 and SMC(target).kernel.name == "batched_hmc"
 
 
@@ -265,13 +267,13 @@ def test_kernels_keep_their_own_settings():
 def test_dtypes(dtype):
     zeros = torch.zeros(2, dtype=dtype)
     target = tilt(lambda: pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1)), {"z": QuadraticEnergy(2.0)})
-    draws = run(target, num_particles=32, num_islands=2)
+    draws = run(target, particles_per_island=32, num_islands=2)
     assert draws.values["z"].dtype == draws.log_weights.dtype == draws.stats["lp"].dtype == dtype
 
 
 def test_seeds(rng_untouched):
     density = LogDensity(lambda u: -u.square().sum(-1), 2)
-    short = {"num_particles": 32, "num_islands": 2}
+    short = {"particles_per_island": 32, "num_islands": 2}
     with rng_untouched():
         one, two, other = (run(density, seed=seed, **short) for seed in (1, 1, 2))
         generators = [torch.Generator().manual_seed(5) for _ in range(2)]
@@ -298,9 +300,9 @@ def test_zero_energy_is_the_prior():
 
 def test_a_target_that_the_base_never_meets():
     with pytest.raises(InferenceError, match=r"zero \(or NaN\) at all 32 particles of island\(s\) 0, 1: the"):
-        run(tilt(prior, {"z": lambda z: z.sum(-1) * 0 + math.inf}), num_particles=32, num_islands=2)
+        run(tilt(prior, {"z": lambda z: z.sum(-1) * 0 + math.inf}), particles_per_island=32, num_islands=2)
     with pytest.raises(InferenceError, match="zero"):
-        run(tilt(prior, {"z": lambda z: z.sum(-1) * math.nan}), num_particles=32, num_islands=2)
+        run(tilt(prior, {"z": lambda z: z.sum(-1) * math.nan}), particles_per_island=32, num_islands=2)
     with pytest.raises(InferenceError, match="is [+]inf at .* particles: the energy is unbounded below"):
         run(tilt(prior, {"z": lambda z: torch.where(z[..., 0] > 0, -math.inf, 0.0)}), num_islands=2)
 
@@ -313,19 +315,19 @@ def test_nan_is_a_weight_of_zero():
 
 def test_an_improper_target_is_named():
     with pytest.raises(InferenceError, match=r"stuck at inverse temperature 0\.66.*improper"):
-        run(tilt(prior, {"z": QuadraticEnergy(-1.5)}), num_particles=32, num_islands=2, max_moves=2)
+        run(tilt(prior, {"z": QuadraticEnergy(-1.5)}), particles_per_island=32, num_islands=2, max_moves=2)
 
 
 def test_islands_that_disagree_and_particles_that_stay_are_named():
     with pytest.warns(InferenceWarning, match=r"smc: islands disagree \(R-hat .* > 1.05\).*log Z is uncertain by"):
-        run(LogDensity(lambda u: modes(u / 3), 2), num_particles=100, target_ess=0.02, num_moves=1)
+        run(LogDensity(lambda u: modes(u / 3), 2), particles_per_island=100, target_ess=0.02, num_moves=1)
     kernel = MALA(prior, step_size=1e3, adapt_step_size=False)
     with pytest.warns(InferenceWarning, match=r"particles hardly moved at the target \(acceptance 0.000\)"):
-        run(prior, kernel=kernel, num_particles=32)
+        run(prior, kernel=kernel, particles_per_island=32)
     with pytest.raises(InferenceError, match="hardly moved"):
-        run(prior, kernel=kernel, num_particles=32, strict=True)
+        run(prior, kernel=kernel, particles_per_island=32, strict=True)
     with pytest.warns(InferenceWarning, match="ULA keeps none .* use MALA"):
-        run(prior, kernel=ULA, num_particles=32)
+        run(prior, kernel=ULA, particles_per_island=32)
 
 
 def test_interrupted():
@@ -342,8 +344,8 @@ def test_interrupted():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="num_particles must be a whole number of at least 2, got 1"):
-        SMC(prior, num_particles=1)
+    with pytest.raises(ValueError, match="particles_per_island must be a whole number of at least 2, got 1"):
+        SMC(prior, particles_per_island=1)
     with pytest.raises(ValueError, match="num_islands"):
         SMC(prior, num_islands=0)
     for share in (0.0, 1.0):
@@ -351,6 +353,6 @@ def test_errors():
             SMC(prior, target_ess=share)
     for name in ("num_moves", "max_moves"):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
-            Annealing(**{name: 0})
+            Pace(**{name: 0})
     with pytest.raises(ValueError, match="seed and generator both given"):
-        SMC(prior, seed=0, generator=torch.Generator())
+        SMC(prior, seed=0, annealing=Annealing(generator=torch.Generator()))

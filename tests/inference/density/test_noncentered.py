@@ -113,7 +113,7 @@ def test_chains_on_the_noise_follow_the_tilted_gaussian():
 
 def test_particles_are_turned_back_too():
     noise = noncentered(tilt(single, {"x": LinearEnergy(A)}))
-    draws = SMC(noise, num_particles=100, num_islands=8, seed=0, progress=False).run()
+    draws = SMC(noise, particles_per_island=100, num_islands=8, seed=0, progress=False).run()
     back = centered(noise, draws)
     z, eps = draws.values["z_decentered"], draws.values["x_decentered"]
     torch.testing.assert_close(back.values["x"], x_of(z, eps))
