@@ -218,8 +218,8 @@ from pyro_ebm.training.fit import (
 )
 
 __all__ = [
-    "Annealing",
     "__version__",
+    "Annealing",
     "BiasedSplit",
     "BoundedEstimate",
     "Calibration",

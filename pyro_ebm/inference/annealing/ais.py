@@ -92,7 +92,7 @@ def annealed_importance(
         >>> from pyro_ebm import LinearEnergy, TiltedDistribution
         >>> from pyro_ebm.inference.annealing.ais import annealed_importance
         >>> tilted = TiltedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), LinearEnergy([2.0, 0.0]))
-        >>> log_z = annealed_importance(tilted, num_chains=128, num_temperatures=16, seed=0, progress=False)
+        >>> log_z = annealed_importance(tilted, chains_per_group=8, num_temperatures=16, seed=0, progress=False)
         >>> bool(log_z.lower < 2.0 < log_z.upper)
         True
     """
