@@ -28,11 +28,13 @@ def test_store_was_restored(): assert not pyro.get_param_store().keys()
 def test_generators(): np.random.rand(); random.random()
 def test_seeded(): assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(0))
 def test_draws(): torch.rand(3); matplotlib.pyplot.figure()
+def test_foreigner(): import jax
 def test_untouched(rng_untouched):
     with rng_untouched(): torch.rand(1, generator=torch.Generator().manual_seed(0))
 def test_touched(rng_untouched):
     with pytest.raises(pytest.fail.Exception, match="global generator"), rng_untouched(): torch.rand(1)
 """
+FOREIGNER = "import os, numpy\nnumpy.random.rand()\nos.environ['TF_CPP_MIN_LOG_LEVEL'] = '1'\n"
 HEADER = "import os, random\nimport matplotlib.pyplot, numpy as np, pyro, pytest, torch\n"
 
 
@@ -42,6 +44,7 @@ def test_side_effects_fail_the_test_that_has_them(pytester: pytest.Pytester) -> 
     pytester.makeini("[pytest]\nmarkers =\n  uses_param_store\n  uses_global_rng\n")
     bad = "".join(f"def test_bad_{i}(): {code}\n" for i, code in enumerate(FAULTS.values()))
     pytester.makepyfile(HEADER + bad + ALLOWED)
+    pytester.makepyfile(jax=FOREIGNER)
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:xdist")
     result.assert_outcomes(passed=len(FAULTS) + ALLOWED.count("def "), errors=len(FAULTS))
     for name in FAULTS:
