@@ -92,7 +92,7 @@ def debias_report(result: DebiasResult, figures: Mapping[str, Figure], out: str 
             Section("Class balance in numbers", tables=[*_balance_tables(result)]),
             Section("Samplers in numbers", tables=[*_sampler_tables(result)]),
         ],
-        settings=result.summary,
+        settings={name: value for name, value in result.summary.items() if name != "remarks"},  # said at the top
     )
 
 

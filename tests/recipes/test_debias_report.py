@@ -14,17 +14,20 @@ from pyro_ebm.recipes.debias_report import debias_report
 from pyro_ebm.recipes.report import Report
 
 
+COLUMNS = ["target", "method", "ess_bulk", "r_hat", "pareto_k", "worst_error_in_se", "verdict"]
+
+
 def result(**changes: Any) -> Any:
     """A job as far as the report reads it."""
     methods = ("snis", "nuts")
     rows = [
-        (target, method, ess, r_hat, k, verdict)
+        (target, method, ess, r_hat, k, 1.25, verdict)
         for target in ("prior", "posterior")
         for method, ess, r_hat, k, verdict in (
             ("snis", 20_888.0, None, 0.2, "ok"), ("nuts", 750.0, 1.0071, None, "ok"),
         )
     ]  # fmt: skip
-    comparison = pd.DataFrame(rows, columns=["target", "method", "ess_bulk", "r_hat", "pareto_k", "verdict"])
+    comparison = pd.DataFrame(rows, columns=COLUMNS)
     few = class_balance(torch.arange(10) % 2, (0, 1))
     parts = {
         "config": DebiasConfig(digits=(0, 1), proportions=(0.3, 0.7), methods=methods),
@@ -71,6 +74,7 @@ def test_samplers_are_rows_and_labels_have_their_worth():
     report = debias_report(result(), {})
     assert table(report, "Samplers of the tilted prior")["nuts"] == {
         "verdict": "ok", "effective draws": "750", "R-hat": "1.007", "Pareto k": "-",
+        "largest error, in se": "1.250",
     }  # fmt: skip
     assert table(report, "Every diagnostic, the tilted prior")["ess_bulk"] == {"snis": "20,888", "nuts": "750"}
     balance = table(report, "Distance from balance")
