@@ -104,6 +104,27 @@ def test_calibrate(name):
     assert any(name.startswith("a") for name in result.ranks) and "log_likelihood" in result.ranks
 
 
+@pytest.mark.parametrize("method", ["chees", "smc"])
+@pytest.mark.parametrize("name", ["group_indexing", "one_plate"])
+def test_batched_samplers_say_which_way_ran(method, name):
+    case = BY_NAME[name]
+    options = {"warmup_steps": 60} if method == "chees" else {}
+    draws = sample(
+        case.model, *case.args, method=method, num_samples=100, num_chains=8, seed=0, vectorize="auto", progress=False,
+        **options,
+    )  # fmt: skip
+    assert draws.notes["vectorize"] == case.ways[0] and draws.notes["graph"] == "captured"
+    (site, (mean, sd)), *_ = case.answers.items()
+    assert ((draws.mean(site) - torch.as_tensor(mean)).abs() < 0.4 * torch.as_tensor(sd)).all()
+
+
+def test_chains_of_a_model_whose_prior_cannot_be_drawn():
+    case = BY_NAME["improper_uniform"]
+    draws = sample(case.model, *case.args, method="chees", num_samples=50, num_chains=32, seed=0, progress=False)
+    mean, sd = case.answers["z"]
+    assert draws.notes["init"] == "uniform" and abs(float(draws.mean("z")) - mean) < 0.5 * sd
+
+
 def test_sample_by_every_model_that_importance_serves():
     draws = sample(BY_NAME["python_branch"].model, torch.tensor(0.4), method="snis", num_samples=200, num_chains=1)
     assert draws.notes["vectorize"] == "loop"

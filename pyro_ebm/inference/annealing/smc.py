@@ -160,6 +160,7 @@ def _notes(path: Path, population: Population) -> dict[str, Any]:
     ladders = [[0.0, *row[: int((row < 1).sum()) + 1].tolist()] for row in betas]
     return {
         "graph": path.graph,
+        **({} if path.target.target is None else {"vectorize": path.target.target.vectorize}),
         **({} if path.graph_problem is None else {"graph_problem": path.graph_problem}),
         "temperatures": ladders if path.target.batch else ladders[0],
         "acceptance_per_temperature": [rung.acceptance for rung in ladder],

@@ -48,7 +48,7 @@ class Annealing:
     guide: Callable[..., Any] | None = None
     base: Distribution | None = None
     independent: str | None = None
-    vectorize: str = "plate"
+    vectorize: str = "auto"
     generator: torch.Generator | None = None
     compile: bool = False
 
@@ -154,7 +154,7 @@ class Path:
 
 
 def kernel_for(
-    target: Any, kernel: Kernel | type[Kernel] | None, *, independent: str | None = None, vectorize: str = "plate"
+    target: Any, kernel: Kernel | type[Kernel] | None, *, independent: str | None = None, vectorize: str = "auto"
 ) -> Kernel:
     """The kernel as given, or made for the target; :class:`HMC` by default.
 
@@ -175,7 +175,7 @@ def kernel_for(
             f"kernel was made for another target than the one given; pass the class, kernel={type(kernel).__name__}, "
             f"or {type(kernel).__name__}(target, ...)"
         )
-    for name, given, default in (("independent", independent, None), ("vectorize", vectorize, "plate")):
+    for name, given, default in (("independent", independent, None), ("vectorize", vectorize, "auto")):
         if given not in (default, getattr(kernel, name)):
             raise ValueError(f"{name}={given!r} and a kernel made with {name}={getattr(kernel, name)!r}: give one")
     return kernel

@@ -211,6 +211,7 @@ class Chains:
             sampling_seconds=self.sampling_seconds,
             notes={
                 "graph": self.graph,
+                **({} if target is None else {"vectorize": target.vectorize}),
                 **({} if self.graph_problem is None else {"graph_problem": self.graph_problem}),
                 "step_size": tuning.step_size.tolist(),
                 "trajectory_length": float(tuning.trajectory_length),

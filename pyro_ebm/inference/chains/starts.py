@@ -79,7 +79,10 @@ def _by_rule(
     if density.target is None or init == "uniform":
         return _redrawn(density, num_chains, lambda n: _uniform(density, n)), "uniform"
     if init == "importance":
-        points = _resampled(density, num_chains, guide)
+        try:
+            points = _resampled(density, num_chains, guide)
+        except NotImplementedError:  # a prior that cannot be drawn from, as an improper one
+            return _redrawn(density, num_chains, lambda n: _uniform(density, n)), "uniform"
         if points is not None:
             return points, "importance"
     proposal = density.proposal(guide if init in ("guide", "importance") else None)
