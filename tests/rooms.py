@@ -14,7 +14,7 @@ SLOWEST = 12
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it has waited for: a busy machine stretches wall-clock time, hardly this."""
+    """Of this process and of those it has waited for: a busy machine stretches it less than wall-clock time."""
     spent = os.times()
     return spent.user + spent.system + spent.children_user + spent.children_system
 

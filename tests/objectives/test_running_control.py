@@ -55,10 +55,12 @@ def negative_phases(objective, steps=4000):
 
 @pytest.fixture(scope="module")
 def gradients():
+    """8,000 losses, for slow tests; what trains below sees a wrong average too."""
     plain = TiltLikelihood(BASE)
     return negative_phases(plain), negative_phases(RunningControl(plain, decay=0.95))
 
 
+@pytest.mark.slow
 def test_bias_of_the_gradient_falls(gradients):
     """Exact: the mean of N(A, I), 1. A ratio of 16 draws has a bias of some -0.13."""
     plain, controlled = (found - 1.0 for found in gradients)
@@ -66,6 +68,7 @@ def test_bias_of_the_gradient_falls(gradients):
     assert abs(controlled.mean()) < abs(plain.mean()) / 2  # nearly four standard errors above what is expected
 
 
+@pytest.mark.slow
 def test_noise_of_the_gradient_rises_as_documented(gradients):
     plain, controlled = gradients
     assert 1.4 < controlled.std() / plain.std() < 2.8
