@@ -3,6 +3,18 @@ r"""Estimates of ``log Z = log E_{p(v)}[exp(-E(v))]`` from draws of the untilted
 The draws belong to a random stream of their own, whose seed is a function of the weights: new weights,
 new draws; the same weights, the same number. So a training step sees fresh draws, a sampler that
 moves only ``v`` sees a constant, a run can be resumed exactly, and the global generator is never touched.
+
+Training watches these estimates, wherever in a user's model they are made: in a tilted model, in a
+``TiltedDistribution`` that the model builds at each call, in several of them. No object that could be handed along
+reaches all of these, so two context variables do, each for the time of a ``with`` block, in its own thread only:
+
+* ``weights_reported_to(listener)``: ``fit`` lets its ``WeightGuard`` see the log weights of each estimate of a step;
+  nothing changes.
+* ``log_z_through(control)``: ``RunningControl`` puts its function between each log Z and the loss, and changes the
+  gradient of log Z by it.
+
+Both act in ``reported_log_mean_exp`` and nowhere else: what is summed exactly, and estimates for their own sake
+(``log_normalizer``), do not pass there.
 """
 
 from __future__ import annotations

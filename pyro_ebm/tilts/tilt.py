@@ -35,6 +35,8 @@ from pyro_ebm.tilts.normalizer import (
 
 __all__ = ["TiltedModel", "tilt"]
 
+_MAX_STRUCTURES = 32  # of one tilted model, for arguments of other shapes or values
+
 Normalize = bool | float | str | Tensor | Normalizer
 
 
@@ -150,17 +152,25 @@ class TiltedModel(nn.Module):
             return self.base_model(*args, **kwargs)
 
     def structure(self, *args: Any, **kwargs: Any) -> ModelStructure:
-        """Dependencies between the sites of the base model, found once for arguments of the same shapes."""
+        """Dependencies between the sites of the base model, found once for arguments of the same shapes.
+
+        Other arguments than tensors may decide what the model does, so each of their values has an entry of its own;
+        the ones used longest ago go, or an argument that changes with each step would fill the memory.
+        """
         leaves, spec = tree_flatten((args, kwargs))
         key = (str(spec), *(leaf.shape if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves))
-        if key not in self._structures:
+        found = self._structures.pop(key, None)
+        if found is None:
             structure = model_structure(self.base_model, args, kwargs)
             _check_sites(self._sites, structure.order)
             if any(_needs_forward(group, structure) for group in _dependent_groups(self._sites, structure)):
                 way = forward_way(self.base_model, args, kwargs, self.energies, structure)
                 structure = dataclasses.replace(structure, way=way)
-            self._structures[key] = structure
-        return self._structures[key]
+            found = structure
+        self._structures[key] = found  # at the end: used last
+        while len(self._structures) > _MAX_STRUCTURES:
+            del self._structures[next(iter(self._structures))]
+        return found
 
     def _log_normalizers(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _LogZ]:
         """For each site that carries a log Z, a function from its distribution to that log Z."""

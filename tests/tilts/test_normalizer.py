@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pyro.distributions as dist
 import pytest
@@ -19,7 +20,15 @@ from pyro_ebm import (
 from pyro_ebm.energies import as_energy, gaussian_log_normalizer
 from pyro_ebm.estimates import importance_estimate, log_mean_exp
 from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
-from pyro_ebm.tilts.normalizer import base_parameters, score_term, site_log_normalizer, site_log_weights
+from pyro_ebm.tilts.normalizer import (
+    base_parameters,
+    log_z_through,
+    sampled_log_normalizer,
+    score_term,
+    site_log_normalizer,
+    site_log_weights,
+    weights_reported_to,
+)
 
 
 def assert_within(estimate, truth, *, k=4.0, max_se=0.2):
@@ -445,3 +454,25 @@ def test_module_energies():
     base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
     weight, bias = net[0].weight.detach()[0], net[0].bias.detach()[0]
     assert_within(log_normalizer(base, net, seed=0), 0.5 * weight.square().sum() - bias)
+
+
+def test_what_watches_log_z_does_so_in_its_block_and_thread_only():
+    base, settings = dist.Normal(torch.zeros(2), 1.0).to_event(1), Normalizer(num_samples=64)
+    heard, energy = [], LinearEnergy([0.5, 0.0])
+
+    def log_z():
+        return float(site_log_normalizer(base, energy, settings, name="z").detach())
+
+    plain, other = log_z(), []
+    with pytest.raises(KeyError), weights_reported_to(heard.append), log_z_through(lambda value: value + 1.0):
+        assert log_z() == pytest.approx(plain + 1.0, abs=1e-6)
+        thread = threading.Thread(target=lambda: other.append(log_z()))
+        thread.start()
+        thread.join()
+        with log_z_through(lambda value: value - 1.0):  # the inner one in place of the outer one
+            assert log_z() == pytest.approx(plain - 1.0, abs=1e-6)
+        # for their own sake: not a part of any loss
+        sampled_log_normalizer(base, energy, num_samples=64, seed=0)
+        raise KeyError
+    assert other == [plain] and len(heard) == 2
+    assert log_z() == plain and len(heard) == 2

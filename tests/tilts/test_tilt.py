@@ -26,6 +26,7 @@ from pyro_ebm import (
 )
 from pyro_ebm.chain_statistics import mcse_mean
 from pyro_ebm.energies import as_energy
+from pyro_ebm.tilts.tilt import _MAX_STRUCTURES
 
 N, D = 5, 2
 
@@ -934,3 +935,21 @@ def test_log_normalizer_and_its_seed(rng_untouched):
         assert first.value == second.value and not first.value.requires_grad
         first, second = (tilted.log_normalizer(num_samples=500) for _ in range(2))
         assert first.value != second.value
+
+
+def test_an_argument_that_changes_with_each_step_fills_no_memory():
+    """Its value may decide what the model does, so each has a structure; the ones not used for long are found anew."""
+
+    def model(scale):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        return pyro.sample("w" if scale > 50 else "v", dist.Normal(z.sum(), scale))
+
+    tilted = tilt(model, {"z": LinearEnergy([1.0, 0.0])}, normalize=Normalizer(num_samples=4))
+    first = tilted.structure(1.0)
+    for step in range(2, 101):
+        assert ("w" if step > 50 else "v") in tilted.structure(float(step)).order
+        assert tilted.structure(1.0) is first  # used all the time: never forgotten
+    assert len(tilted._structures) == _MAX_STRUCTURES
+    forgotten = tilted.structure(2.0)
+    assert forgotten.order == first.order and tilted.structure(2.0) is forgotten
+    assert len(tilted._structures) == _MAX_STRUCTURES
