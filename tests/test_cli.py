@@ -149,6 +149,25 @@ def test_bad_options(tmp_path, arguments, match):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupted_job_says_how_to_go_on(tmp_path, monkeypatch):
+    def stopped(config: Any, *, out: Path, resume: bool) -> None:
+        assert resume
+        (out / "steps").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_ebm.recipes.debias.debias", stopped)
+    result = invoke("debias", "--seed", "7", "--resume", "--out", str(tmp_path / "a"))
+    assert result.exit_code == 130 and result.stdout == ""
+    assert f"kept in {tmp_path / 'a' / 'steps'}. Go on with" in result.stderr
+    assert f"pyro-ebm debias --seed 7 --out {tmp_path / 'a'} --resume" in result.stderr
+
+
+def test_nothing_to_go_on_with(tmp_path):
+    result = invoke("debias", "--resume", "--out", str(tmp_path / "a"))
+    assert result.exit_code == 2 and "there is no job to go on with" in result.stderr
+    assert not (tmp_path / "a").exists()
+
+
 def test_an_option_that_does_not_exist():
     result = invoke("debias", "--sede", "3")
     assert result.exit_code == 2 and "--sede" in result.stderr

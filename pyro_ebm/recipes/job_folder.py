@@ -184,7 +184,7 @@ def _require_same(folder: Path, job: Mapping[str, Any]) -> None:
     try:
         found = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         before, now = _flat(found), _flat(json.loads(json.dumps(job)))
-    except (OSError, ValueError, AttributeError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"there is no job to go on with in out={os.fspath(folder.parent)!r}; start one without resume"
         ) from error
