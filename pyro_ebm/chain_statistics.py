@@ -51,7 +51,7 @@ def ess_tail(x: Tensor | NDArray[Any]) -> Floats:
 
 
 def r_hat(x: Tensor | NDArray[Any]) -> Floats:
-    """Rank-normalized split R-hat: 1 when chains agree, do not trust above 1.01; NaN for a single chain.
+    """Rank-normalized split R-hat: 1 when chains agree (``thresholds.MAX_R_HAT``: good); NaN for a single chain.
 
     Arguments, shape of the result and reference as in :func:`ess_bulk`.
     """

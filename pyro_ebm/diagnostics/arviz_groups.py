@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.pointwise import ModelSites
@@ -66,8 +67,7 @@ def fewer_chains(draws: Draws, chains: int | None) -> Tensor:
     """The chains to keep, evenly spread over those there are."""
     if chains is None or chains >= draws.num_chains:
         return torch.arange(draws.num_chains)
-    if chains < 1:
-        raise ValueError(f"chains must be at least 1, got {chains}")
+    whole_number("chains", chains)
     return torch.arange(chains) * draws.num_chains // chains
 
 

@@ -50,7 +50,7 @@ _MEANING = {
     "ess_tail": "effective sample size of the 5 % and 95 % quantiles, the smallest over all components",
     "r_hat": "disagreement between chains, the largest over all components; below 1.01 they agree",
     "mcse_per_sd": "standard error of the mean, in posterior standard deviations, the largest",
-    "pareto_k": "tail of the importance weights; above 0.7 do not trust the weighted draws",
+    "pareto_k": "tail of the importance weights; above 0.7 (less for few draws) do not trust them",
     "divergences": "steps at which the integrator failed; should be 0",
     "acceptance": "mean acceptance probability of the proposals",
     "step_size": "mean step size of the chains",

@@ -295,7 +295,7 @@ def test_arviz_reads_it(mcmc):
         ),
         ({"prior": {"mu": torch.tensor(1.0)}}, r"prior: 'mu' must have shape \(sample, \*site_shape\)"),
         ({"posterior_predictive": torch.zeros(3)}, r"posterior_predictive must map sites to samples, got Tensor"),
-        ({"chains": 0}, "chains must be at least 1, got 0"),
+        ({"chains": 0}, "chains must be a whole number of at least 1, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, text):

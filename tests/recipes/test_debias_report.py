@@ -13,7 +13,6 @@ from pyro_ebm import DebiasConfig, class_balance
 from pyro_ebm.recipes.debias_report import debias_report
 from pyro_ebm.recipes.report import Report
 
-
 COLUMNS = ["target", "method", "ess_bulk", "r_hat", "pareto_k", "worst_error_in_se", "verdict"]
 
 
