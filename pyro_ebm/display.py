@@ -131,6 +131,8 @@ def _site_row(draws: Any, site: str) -> list[str]:
 
 
 def _span(values: Tensor) -> str:
+    if not values.numel():
+        return "–"
     low, high = number(float(values.min())), number(float(values.max()))
     return low if low == high else f"{low} to {high}"
 

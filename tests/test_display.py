@@ -85,11 +85,13 @@ def test_weighted_draws_have_no_r_hat():
 
 
 def test_large_sites_take_one_row_each():
-    draws = Draws({"image": torch.ones(1, 2, 28, 28), "w": torch.arange(8.0).reshape(1, 2, 4)}, "nuts")
+    values = {"image": torch.ones(1, 2, 28, 28), "w": torch.arange(8.0).reshape(1, 2, 4), "none": torch.ones(1, 2, 0)}
+    draws = Draws(values, "nuts")
     assert read(draws).rows == [
         ["site", "shape", "mean", "sd"],
         ["image", "28 × 28", "1.000", "0"],
         ["w", "4", "2.000 to 5.000", "2.000"],
+        ["none", "0", "–", "–"],
     ]
 
 
