@@ -59,7 +59,7 @@ def psis(log_weights: Tensor | NDArray[Any]) -> tuple[Tensor, float]:
     Reference:
         Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling.
     """
-    original = torch.as_tensor(log_weights).detach()
+    original = log_weights.detach() if isinstance(log_weights, Tensor) else torch.from_numpy(log_weights)
     if original.ndim != 1 or original.numel() == 0:
         raise ValueError(f"log_weights must have shape (draw,) with draw >= 1, got {tuple(original.shape)}")
     logs = original.to("cpu", torch.float64)
@@ -114,7 +114,7 @@ def _psislw(log_weights: Tensor) -> tuple[Tensor, float]:
             smoothed, k = quiet_import("arviz_stats.base").array_stats.psislw(-array)
         else:
             smoothed, k = quiet_import("arviz").psislw(array)
-    return torch.as_tensor(smoothed, dtype=log_weights.dtype), float(k)
+    return torch.as_tensor(smoothed, dtype=log_weights.dtype, device="cpu"), float(k)
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def _normal_scores(order: NDArray[np.intp], values: Floats) -> Floats:
 @functools.lru_cache(maxsize=4)
 def _blom(size: int) -> Floats:
     """Normal quantiles at the ranks 1, 1.5, 2, ..., ``size``."""
-    ranks = torch.arange(2, 2 * size + 1, dtype=torch.float64) / 2
+    ranks = torch.arange(2, 2 * size + 1, dtype=torch.float64, device="cpu") / 2
     scores: Floats = torch.special.ndtri((ranks - 0.375) / (size - 0.75 + 1)).numpy()
     return scores
 

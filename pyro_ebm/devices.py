@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["checked_device", "one_thread"]
+__all__ = ["checked_device", "one_thread", "synchronize"]
 
 
 def checked_device(name: str | torch.device) -> torch.device:
@@ -29,6 +29,14 @@ def _available() -> str:
     names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     names += ["mps"] if torch.backends.mps.is_available() else []
     return " or ".join(repr(name) for name in names)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of a device: before a clock is read, or the time is that of asking."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 @contextmanager

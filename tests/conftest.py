@@ -37,6 +37,10 @@ FOREIGN_ENVIRONMENT = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_"
 FOREIGN_IMPORTS = {"jax": "numpy global generator"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests of devices run their models: cpu, cuda, cuda:1, mps")
+
+
 def global_state() -> dict[str, Any]:
     """Everything process-wide that the package must leave alone, by the name a failure message shows."""
     numpy_state = np.random.get_state()

@@ -91,14 +91,14 @@ def biased_split(
     parts: dict[str, list[Tensor]] = {part: [] for part in sizes}
     for position, label in enumerate(classes):
         index = (y == label).nonzero().squeeze(1)
-        index = index[torch.randperm(len(index), generator=generator)]
+        index = index[torch.randperm(len(index), generator=generator, device="cpu")]
         pieces = index.split([size[position] for size in sizes.values()])
         for part, piece in zip(parts, pieces, strict=True):
             parts[part].append(piece)
 
     def gather(part: str) -> ImageSet:
         index = torch.cat(parts[part])
-        index = index[torch.randperm(len(index), generator=generator)]
+        index = index[torch.randperm(len(index), generator=generator, device="cpu")]
         return ImageSet(x[index], y[index], part)
 
     return BiasedSplit(**{part: gather(part) for part in parts}, classes=classes, proportions=shares)

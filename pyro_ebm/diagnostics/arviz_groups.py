@@ -66,9 +66,9 @@ class Pairing:
 def fewer_chains(draws: Draws, chains: int | None) -> Tensor:
     """The chains to keep, evenly spread over those there are."""
     if chains is None or chains >= draws.num_chains:
-        return torch.arange(draws.num_chains)
+        return torch.arange(draws.num_chains, device="cpu")
     whole_number("chains", chains)
-    return torch.arange(chains) * draws.num_chains // chains
+    return torch.arange(chains, device="cpu") * draws.num_chains // chains
 
 
 def without_known(samples: Mapping[str, Tensor], posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -89,7 +89,8 @@ class LabelClassifier:
         Raises:
             ValueError: images of another shape, or not finite.
         """
-        return torch.tensor(self.classes_)[self.predict_proba(images).argmax(-1)]
+        best = self.predict_proba(images).argmax(-1)
+        return torch.tensor(self.classes_, device=best.device)[best]
 
     def predict_proba(self, images: Array) -> Tensor:
         """Return class probabilities, float32 (n, classes), in the order of ``classes_``.
@@ -107,10 +108,10 @@ class LabelClassifier:
                 f"got {tuple(images.shape)}"
             )
         if len(images) == 0:
-            return torch.zeros(0, len(self.classes_))
+            return torch.zeros(0, len(self.classes_), device=images.device)
         scores = self._machine.decision_function(_features(images))
         probabilities = self._calibration.predict_proba(scores.reshape(len(images), -1))
-        return torch.from_numpy(probabilities).to(torch.float32)
+        return torch.from_numpy(probabilities).to(images.device, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +226,7 @@ def class_balance(
     trials = max(1, round(ess))
     counts = np.random.default_rng(seed).multinomial(trials, proportions.numpy(), size=num_bootstrap)
     replicates = torch.from_numpy(counts / trials)
-    tail = torch.tensor([(1.0 - prob) / 2.0, (1.0 + prob) / 2.0], dtype=torch.float64)
+    tail = torch.tensor([(1.0 - prob) / 2.0, (1.0 + prob) / 2.0], dtype=torch.float64, device="cpu")
     lower, upper = torch.quantile(replicates, tail, dim=0)
     return ClassBalance(names, proportions, lower, upper, n, float(ess), prob, replicates)
 
@@ -357,7 +358,7 @@ def _checked_weights(labels: Tensor, classes: tuple[int, ...], weights: Tensor |
     if unknown:
         raise ValueError(f"labels must be among the classes {list(classes)}, got also {unknown}")
     if weights is None:
-        return torch.full((len(labels),), 1.0 / len(labels), dtype=torch.float64)
+        return torch.full((len(labels),), 1.0 / len(labels), dtype=torch.float64, device="cpu")
     weights = weights.detach().to("cpu", torch.float64).flatten()
     total = weights.sum()
     if len(weights) != len(labels) or not bool((weights >= 0).all()) or not 0.0 < total.item() < math.inf:

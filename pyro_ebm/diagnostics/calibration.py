@@ -102,7 +102,7 @@ def calibrate(
     """
     _check_options(sampler, num_simulations, num_draws, quantities)
     start = time.perf_counter()
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
     study = _Study(model, sampler, (args, dict(model_kwargs or {})), observed, quantities or {})
     record = _simulate(study, num_simulations, num_draws, seed=seed, progress=progress)
     moving = torch.stack([outcome.moves for outcome in record.outcomes]).any(0)
@@ -110,7 +110,7 @@ def calibrate(
     result = Calibration(
         {name: row for name, row, moves in zip(study.names, ranks, moving, strict=True) if moves},
         num_draws,
-        torch.tensor([outcome.kept for outcome in record.outcomes]),
+        torch.tensor([outcome.kept for outcome in record.outcomes], device="cpu"),
         failures=record.failures,
         warned=record.warned,
         interrupted=record.interrupted,
@@ -381,7 +381,7 @@ def _worth(draws: Draws, sites: list[str]) -> int:
 def _ranks(truth: Tensor, draws: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
     """Rank of each column's truth among its draws, ties broken at random, on the scale 0, ..., ``num_draws``."""
     below, ties = (draws < truth).sum(0), (draws == truth).sum(0)
-    first, second = torch.rand(2, len(truth), generator=generator, dtype=torch.float64)
+    first, second = torch.rand(2, len(truth), generator=generator, dtype=torch.float64, device="cpu")
     ranks = below + (first * (ties + 1)).long()
     if len(draws) == num_draws:
         return ranks

@@ -311,5 +311,5 @@ def _ladder_length(temperatures: Any) -> float:
 
 def _extreme(values: Tensor | np.ndarray, choose: Any) -> float:
     """``min`` or ``max`` over the entries that are numbers, NaN when none is."""
-    numbers: Iterable[float] = [v for v in torch.as_tensor(values).flatten().tolist() if not math.isnan(v)]
+    numbers: Iterable[float] = [v for v in values.flatten().tolist() if not math.isnan(v)]
     return float(choose(numbers, default=math.nan))

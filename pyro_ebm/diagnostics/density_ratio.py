@@ -64,7 +64,7 @@ def _truncated(weights: Tensor, largest: float) -> Tensor:
     """``min(w, c)`` with the largest c that is at most ``largest`` times the mean of the result."""
     n, ordered = len(weights), weights.sort(descending=True).values
     # With the k largest cut, c = largest (k c + rest) / n; k is right where c is not below the next one.
-    k = torch.arange(n, dtype=weights.dtype)
+    k = torch.arange(n, dtype=weights.dtype, device=weights.device)
     rest = ordered.flip(0).cumsum(0).flip(0)
     room = n - k * largest
     caps = torch.where(room > 0, largest * rest / room, math.inf)
@@ -118,7 +118,7 @@ def density_ratio(numerator: Array, denominator: Array, *, seed: int = 0) -> Den
     log_odds = min(fits, key=lambda fit: fit[0])[1]
     auc = float(roc_auc_score(is_numerator, log_odds))
     log_ratio = log_odds[~is_numerator] - math.log(len(numerator) / len(denominator))
-    return DensityRatio(torch.as_tensor(log_ratio), auc)
+    return DensityRatio(torch.as_tensor(log_ratio, device=denominator.device), auc)
 
 
 def _machine(features: Any, strength: float, seed: int) -> Any:

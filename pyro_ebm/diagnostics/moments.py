@@ -114,7 +114,7 @@ def bulk_ess(draws: Draws, x: Tensor) -> Tensor:
     if is_exact(draws):
         return x.new_full(x.shape[2:], torch.nan)
     if draws.log_weights is None:
-        return torch.as_tensor(ess_bulk(x))
+        return torch.as_tensor(ess_bulk(x), device=x.device)
     weights = _weights(draws)
     limit = importance_ess(weights.log().flatten())
     if not has_islands(draws):
@@ -144,7 +144,7 @@ def worth(draws: Draws, x: Tensor) -> Worth:
     half = x.shape[1] // 2
     if len(x) == 1 and half:
         found["r_hat"] = r_hat(torch.cat([x[:, :half], x[:, -half:]]))
-    return Worth(*(torch.as_tensor(found[name]) for name in ("ess_bulk", "ess_tail", "r_hat")))
+    return Worth(*(torch.as_tensor(found[name], device=x.device) for name in ("ess_bulk", "ess_tail", "r_hat")))
 
 
 def _weighted_tail_ess(draws: Draws, x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def _mean_and_error(draws: Draws, x: Tensor) -> Moments:
     """Of the components themselves: mean, its standard error, and standard deviation, each (component,)."""
     if draws.log_weights is None:
         flat = x.flatten(0, 1)
-        se = torch.where(_constant(x), 0.0, torch.as_tensor(mcse_mean(x)))
+        se = torch.where(_constant(x), 0.0, torch.as_tensor(mcse_mean(x), device=x.device))
         sd = flat.std(0) if len(flat) > 1 else torch.full_like(flat[0], torch.nan)
         return Moments(flat.mean(0), se, sd)
     weights = _weights(draws)

@@ -99,7 +99,7 @@ class Calibration:
     def _row(self, name: str, prob: float) -> dict[str, Any]:
         size = self.num_draws + 1
         centered = (self.ranks[name].double() + 0.5) / size - 0.5
-        levels = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5
+        levels = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / size - 0.5
         shift, spread = (_score(centered**power, levels**power) for power in (1, 2))
         adjusted = min(1.0, len(self.ranks) * self.p_values[name])
         verdict = "ok" if adjusted > 1 - prob else _describe(shift, spread)
@@ -173,7 +173,7 @@ def uniform_p_value(ranks: Tensor, num_draws: int) -> float:
 def _cuts(num_draws: int) -> Tensor:
     """Ranks c such that the ECDF is looked at between c - 1 and c, (point,), int64."""
     count = min(num_draws, _MAX_POINTS)
-    return torch.linspace(1, num_draws, count, dtype=torch.float64).round().long()
+    return torch.linspace(1, num_draws, count, dtype=torch.float64, device="cpu").round().long()
 
 
 def _counts(ranks: Tensor, num_draws: int) -> Tensor:
@@ -184,8 +184,8 @@ def _counts(ranks: Tensor, num_draws: int) -> Tensor:
 def _tails(num_ranks: int, num_draws: int) -> tuple[Tensor, Tensor]:
     """Points (point,), and for each count there the smaller binomial tail, (point, num_ranks + 1)."""
     points = _cuts(num_draws).double() / (num_draws + 1)
-    counts = torch.arange(num_ranks + 1, dtype=torch.float64)
-    chances = _binomial(counts, torch.tensor(float(num_ranks)), points[:, None])
+    counts = torch.arange(num_ranks + 1, dtype=torch.float64, device="cpu")
+    chances = _binomial(counts, torch.tensor(float(num_ranks), device="cpu"), points[:, None])
     return points, torch.minimum(chances.cumsum(1), chances.flip(1).cumsum(1).flip(1))
 
 
@@ -210,11 +210,12 @@ def _inside_probability(points: Tensor, tails: Tensor, level: float) -> float:
         return 0.0
     lower, upper = _inside(tails, level)
     total = tails.shape[1] - 1
-    before, chances, reached = torch.zeros(1).long(), torch.ones(1, dtype=torch.float64), 0.0
+    before = torch.zeros(1, dtype=torch.int64, device="cpu")
+    chances, reached = torch.ones(1, dtype=torch.float64, device="cpu"), 0.0
     for point, low, high in zip(points.tolist(), lower.tolist(), upper.tolist(), strict=True):
-        now = torch.arange(low, high + 1)
+        now = torch.arange(low, high + 1, device="cpu")
         # of the ranks beyond the last point, those that lie before this one
-        step = torch.tensor((point - reached) / (1 - reached), dtype=torch.float64)
+        step = torch.tensor((point - reached) / (1 - reached), dtype=torch.float64, device="cpu")
         chances = chances @ _binomial(now - before[:, None], (total - before)[:, None], step)
         before, reached = now, point
     return float(chances.sum())

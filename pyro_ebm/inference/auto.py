@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.devices import synchronize
 from pyro_ebm.errors import InferenceError, InferenceWarning
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.annealing.smc import SMC
@@ -195,10 +196,12 @@ def _affordable(density: LogDensity, particles: int, seconds: float) -> int:
     """So many particles, or fewer where SMC would take longer than the seconds."""
     u = density.like.new_zeros(particles * _ISLANDS, *density.batch, density.dim)
     density.value_and_grad(u[:2])
+    synchronize(u.device)
     fastest = math.inf
     for _ in range(3):  # whatever else the machine is busy with slows some of them
         started = time.perf_counter()
         density.value_and_grad(u)
+        synchronize(u.device)
         fastest = min(fastest, time.perf_counter() - started)
     expected = _EVALUATIONS * fastest
     return particles if expected <= seconds else int(particles * seconds / expected)

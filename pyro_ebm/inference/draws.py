@@ -146,7 +146,8 @@ class Draws:
         """In double precision, so that they sum to one however many there are."""
         if self.log_weights is None:
             total = self.num_chains * self.num_draws
-            return torch.full((total,), 1.0 / total, dtype=torch.float64)
+            device = next(iter(self.values.values())).device
+            return torch.full((total,), 1.0 / total, dtype=torch.float64, device=device)
         return self.log_weights.flatten().double().softmax(0)
 
     def flat(self, site: str) -> Tensor:
@@ -180,8 +181,15 @@ class Draws:
         Returns:
             site -> tensor (num_samples, *site_shape).
         """
-        index = torch.multinomial(self._weights(), num_samples, replacement=True, generator=generator)
+        index = self._chosen(num_samples, generator)
         return {site: self.flat(site)[index] for site in self.values}
+
+    def _chosen(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
+        """Positions of draws chosen by their weights, on the device of the values; drawn where the generator is."""
+        weights = self._weights()
+        where = weights.device if generator is None else generator.device
+        index = torch.multinomial(weights.to(where), num_samples, replacement=True, generator=generator)
+        return index.to(weights.device)
 
     def equally_weighted(
         self, num_samples: int | None = None, *, generator: torch.Generator | None = None
@@ -198,7 +206,7 @@ class Draws:
         if self.log_weights is None:
             return self
         num_samples = self.num_chains * self.num_draws if num_samples is None else num_samples
-        index = torch.multinomial(self._weights(), num_samples, replacement=True, generator=generator)
+        index = self._chosen(num_samples, generator)
         values = {site: value.flatten(0, 1)[index][None] for site, value in self.values.items()}
         stats = {name: stat.flatten(0, 1)[index][None] for name, stat in self.stats.items()}
         return dataclasses.replace(self, values=values, stats=stats, log_weights=None, pareto_k=None, warmup=None)
@@ -209,8 +217,8 @@ class Draws:
         Args:
             chains: their positions.
         """
-        index = torch.as_tensor(chains)
-        if torch.equal(index, torch.arange(self.num_chains)):
+        index = torch.as_tensor(chains, device="cpu")
+        if torch.equal(index, torch.arange(self.num_chains, device="cpu")):
             return self
 
         def chosen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -222,7 +222,7 @@ def log_likelihood(
             shift, error = (torch.as_tensor(part).to(se) for part in found)
             value, log_z_se = value - shift, error.expand(len(x)).clone()
             se = (se**2 + log_z_se**2).sqrt()
-    k = torch.tensor([psis(column)[1] for column in log_weights.T])
+    k = torch.tensor([psis(column)[1] for column in log_weights.T], device=se.device)
     return LogLikelihood(value, se, k, importance_ess(log_weights.T.log_softmax(-1)), log_z_se)
 
 

@@ -102,7 +102,7 @@ def _rows(draws: Draws, num_samples: int | None) -> dict[str, Tensor]:
         return draws.resample(_DEFAULT if num_samples is None else num_samples)
     total = draws.num_chains * draws.num_draws
     wanted = total if num_samples is None else num_samples
-    index = torch.arange(wanted) * total // wanted
+    index = torch.arange(wanted, device="cpu") * total // wanted
     return {site: draws.flat(site)[index.to(value.device)] for site, value in draws.values.items()}
 
 
@@ -146,7 +146,7 @@ def _resampled(
     axes = {site: [dim - event_dims[site] for dim in plates.values()] for site in structure.order}
     front = {site: pool[site].movedim(axes[site], list(range(1, 1 + len(plates)))) for site in structure.order}
     sizes = next(iter(front.values())).shape[1 : 1 + len(plates)]
-    log_weights = torch.zeros(())
+    log_weights: Any = 0.0
     for site, energy in energies.items():
         found = checked_energy(energy, pool[site], event_dims[site], f"site {site!r}")
         found = found.movedim(list(plates.values()), list(range(1, 1 + len(plates))))

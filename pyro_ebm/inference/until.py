@@ -116,7 +116,8 @@ def judged(values: Mapping[str, Tensor], target: Target) -> dict[str, Any]:
     ess, worst = math.nan, math.nan
     if all(bool(value.isfinite().all()) for value in values.values()):
         found = [chain_statistics(value, "ess_bulk", "r_hat") for value in values.values()]
-        sizes, hats = (torch.cat([torch.as_tensor(each[name]).flatten() for each in found]) for name in found[0])
+        # numpy arrays
+        sizes, hats = (torch.cat([torch.from_numpy(each[name].ravel()) for each in found]) for name in found[0])
         ess, worst = _extreme(sizes, torch.min), _extreme(hats, torch.max)
     single = all(len(value) == 1 for value in values.values())
     met = ess >= target.ess and (single or worst < target.max_r_hat)

@@ -129,7 +129,7 @@ def fit_moments(
             f"base must be one distribution, got batch_shape {tuple(base.batch_shape)} with elements that differ"
             "; fit each alone"
         )
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
     with torch.no_grad():
         given, root = _unwrapped(base)
         with evaluation_mode(energy, *([] if given is None else [given])):

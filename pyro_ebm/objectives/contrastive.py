@@ -124,7 +124,7 @@ class ContrastiveDivergence:
         base, values = _continuous(found), found.values
         density = _site_density(base, energy, found.site)
         # Its own generator, seeded from the global one: kernels take one, and it may live on another device.
-        generator = torch.Generator(values.device).manual_seed(int(torch.randint(2**62, ())))
+        generator = torch.Generator(values.device).manual_seed(int(torch.randint(2**62, (), device="cpu")))
         learning = torch.is_grad_enabled()
         with torch.no_grad(), frozen(energy), pyro.validation_enabled(False):
             u = density.unconstrain({found.site: values})

@@ -99,7 +99,7 @@ def fit_tilt(
     saved = kept.saved() if seed is None and kept is not None else None
     if saved:
         seed = saved["seed"]  # the posterior draws must be the same again
-    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
     x = as_tensor(x)
     node = prototype_trace(model.base_model, (x,), {}).nodes[site]
     base = node["fn"]

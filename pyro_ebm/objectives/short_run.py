@@ -188,7 +188,7 @@ def _langevin(log_prob: Callable[[Tensor], Tensor], starts: Tensor, num_steps: i
     density = LogDensity(lambda u: log_prob(u.reshape(-1, *event)), event.numel(), like=starts)
     kernel = ULA(density, step_size=step_size, adapt_step_size=False, adapt_mass_matrix=False)
     # Its own generator, seeded from the global one: kernels take one, and it may live on another device.
-    generator = torch.Generator(starts.device).manual_seed(int(torch.randint(2**62, ())))
+    generator = torch.Generator(starts.device).manual_seed(int(torch.randint(2**62, (), device="cpu")))
     u = starts.reshape(len(starts), -1)
     step = kernel.bind(density.value_and_grad, generator)
     state = State(u, *density.value_and_grad(u), initial_tuning(kernel, u))

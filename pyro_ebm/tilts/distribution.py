@@ -145,7 +145,7 @@ class TiltedDistribution(TorchDistribution):
         weights = torch.softmax(log_weights.reshape(pool.shape[0], -1).T, -1)
         index = torch.multinomial(weights, num, replacement=True).T
         candidates = pool.reshape(pool.shape[0], index.shape[1], -1)
-        return candidates[index, torch.arange(index.shape[1])].reshape(num, *pool.shape[1:])
+        return candidates[index, torch.arange(index.shape[1], device=index.device)].reshape(num, *pool.shape[1:])
 
     def _check_pool(self, log_weights: Tensor, num: int) -> None:
         relative = importance_estimate(log_weights).se * math.sqrt(log_weights.shape[0])

@@ -207,7 +207,7 @@ def site_log_weights(
     shape = torch.Size([repeats])
     if settings.method == "qmc":
         points_shape = shape + (base.batch_shape if shared else torch.Size([1] * len(base.batch_shape)))
-        qmc_seed = int(torch.randint(2**31, ())) if seed is None else seed
+        qmc_seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
         value = _qmc_points(base, points_shape, repeats * copies, qmc_seed)
         score = score_term(base, value)
     elif seed is None:

@@ -217,10 +217,10 @@ class TiltedModel(nn.Module):
         structure = self.structure(*args, **kwargs)
         trace = prototype_trace(self.base_model, args, kwargs)
         settings = Normalizer(num_samples=num_samples)
-        value = variance = torch.zeros(())
+        parts: list[Estimate] = []
         for group in _dependent_groups(self._sites, structure):
             # A stream for each group: their errors must be independent for their variances to add.
-            stream = int(torch.randint(2**31, ())) if seed is None else fingerprint((), seed, *group)
+            stream = int(torch.randint(2**31, (), device="cpu")) if seed is None else fingerprint((), seed, *group)
             if not _needs_forward(group, structure):
                 fn, energy = trace.nodes[group[0]]["fn"], self.energies[group[0]]
                 part = sampled_log_normalizer(fn, energy, num_samples=num_samples, seed=stream)
@@ -231,6 +231,10 @@ class TiltedModel(nn.Module):
                 )
                 part = importance_estimate(log_weights)
                 warn_if_unreliable(log_weights, part)
+            parts.append(part)
+        # Not from a zero of torch's default device, which may be another than that of the draws.
+        value, variance = parts[0].value, parts[0].se ** 2
+        for part in parts[1:]:
             value, variance = value + part.value, variance + part.se**2
         return Estimate(value, variance.sqrt())
 

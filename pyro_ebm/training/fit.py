@@ -169,7 +169,7 @@ def fit(
     kept = Checkpoint.of(checkpoint)
     saved = None if kept is None else kept.saved()
     if seed is None:
-        seed = saved["seed"] if saved else int(torch.randint(2**62, ()))
+        seed = saved["seed"] if saved else int(torch.randint(2**62, (), device="cpu"))
     with forked_rng(seed), warnings.catch_warnings():
         # The loop finds these itself and says more about them.
         warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.chain_statistics import r_hat
+from pyro_ebm.devices import synchronize
 from pyro_ebm.inference.density.capture import captured
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws, Source
@@ -157,6 +158,7 @@ class Chains:
                     self.record.add(self.state, info)
         except KeyboardInterrupt:
             self.interrupted = True
+        synchronize(self.state.u.device)
         self.sampling_seconds += time.perf_counter() - start
 
     def _count(self, info: Info, phase: str) -> None:
@@ -188,7 +190,7 @@ class Chains:
             return math.nan
         every = max(1, len(self.record) // 200)
         draws = torch.stack(self.record.u[::every], 1)[:_SHOWN_CHAINS].flatten(2)[..., :_SHOWN_DIMS]
-        found = torch.as_tensor(r_hat(draws))
+        found = torch.as_tensor(r_hat(draws), device="cpu")
         return float(found[~found.isnan()].max()) if not bool(found.isnan().all()) else math.nan
 
     @torch.no_grad()

@@ -208,7 +208,7 @@ class MCMC:
             return {site: v if group_by_chain else v.flatten(0, 1) for site, v in draws.values.items()}
         generator = torch.Generator().manual_seed(random_seed(self.seed, self.generator))
         lead = draws.num_draws if group_by_chain else draws.num_chains * draws.num_draws
-        index = torch.randint(lead, (num_samples,), generator=generator)
+        index = torch.randint(lead, (num_samples,), generator=generator, device="cpu")
         if group_by_chain:
             return {site: value[:, index] for site, value in draws.values.items()}
         return {site: draws.flat(site)[index] for site in draws.values}
@@ -217,7 +217,7 @@ class MCMC:
         """Bulk ESS and R-hat (ArviZ's) of each site, divergences and acceptance of each chain, as in Pyro."""
         draws = self.draws
         found: dict[str, dict[str, Any]] = {
-            site: {"n_eff": torch.as_tensor(ess_bulk(value)), "r_hat": torch.as_tensor(r_hat(value))}
+            site: {"n_eff": torch.from_numpy(ess_bulk(value)), "r_hat": torch.from_numpy(r_hat(value))}
             for site, value in draws.values.items()
         }
         rate = draws.stats["acceptance_rate"]

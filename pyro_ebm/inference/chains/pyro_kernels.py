@@ -346,8 +346,9 @@ def _stack(
     for name, transform in transforms.items():
         rows = [torch.stack([step[name] for step in chain.params[part]]) for chain in chains]
         values[name] = transform.inv(torch.stack(rows)).detach()
+    device = next(iter(values.values())).device
     stats = {
-        name: torch.tensor([[step[name] for step in chain.stats[part]] for chain in chains])
+        name: torch.tensor([[step[name] for step in chain.stats[part]] for chain in chains], device=device)
         for name in ("lp", "acceptance_rate", "step_size", "n_steps", "diverging")
     }
     stats["diverging"] = stats["diverging"].bool()

@@ -190,7 +190,7 @@ class ModelTarget:
             ValueError: a support that depends on other sites; independent data that are not.
         """
         generator = torch.Generator().manual_seed(0)
-        u = 0.5 * torch.randn((2, *self.batch, self.dim), generator=generator, dtype=self.like.dtype)
+        u = 0.5 * torch.randn((2, *self.batch, self.dim), generator=generator, dtype=self.like.dtype, device="cpu")
         u = u.to(self.like.device)
         with torch.no_grad():
             values, _ = self._unpack(u)

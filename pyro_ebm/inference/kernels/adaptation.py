@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from pyro.ops.dual_averaging import DualAveraging
@@ -106,7 +107,7 @@ class Rescue:
         self.count = 0
         self._every, self._last = max(_PATIENCE, warmup_steps // 10), warmup_steps - warmup_steps // 5
         self._steps = 0
-        self._accepted: Tensor | float = 0.0
+        self._accepted: Any = 0.0  # a tensor from the first step on
 
     def update(self, state: State, info: Info, generator: torch.Generator) -> State:
         """The state of the next step."""
@@ -114,7 +115,7 @@ class Rescue:
         self._accepted = self._accepted + info.acceptance_rate
         if self._steps % self._every or self._steps > self._last:
             return state
-        stuck = torch.as_tensor(self._accepted) < _STUCK * self._every
+        stuck = self._accepted < _STUCK * self._every
         self._accepted = 0.0
         stuck = stuck & ~stuck.all(0)  # where all are stuck there is nowhere to go
         if not bool(stuck.any()):
@@ -142,7 +143,7 @@ class _RunningVariance:
     def __init__(self) -> None:
         self.count = 0
         self.mean: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
+        self.squares: Any = 0.0  # tensors from the first batch on
 
     def add(self, u: Tensor) -> None:
         n, mean = len(u), u.mean(0)
@@ -155,7 +156,7 @@ class _RunningVariance:
     def regularized(self) -> Tensor:
         """Shrunk as Stan does: a few draws must not make a scale zero."""
         n = self.count
-        variance = torch.as_tensor(self.squares) / (n - 1)
+        variance = self.squares / (n - 1)
         return variance * (n / (n + 5.0)) + 1e-3 * (5.0 / (n + 5.0))
 
 
