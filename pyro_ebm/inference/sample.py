@@ -171,13 +171,13 @@ def _smc(
 
 
 def _kernel_options(kernel: type[Kernel]) -> set[str]:
-    return {field.name for field in dataclasses.fields(kernel)} - {"target"}
+    return {field.name for field in dataclasses.fields(kernel)} - {"model", "potential_fn"}
 
 
 def _known(method: str) -> set[str]:
     """The options of a method beyond those that all have."""
     if method in _KERNELS:
-        return _kernel_options(_KERNELS[method]) | _arguments(MCMC) - {"kernel"}
+        return _kernel_options(_KERNELS[method]) | _arguments(MCMC) - {"kernel", "unknown"}
     if method == "snis":
         return {"strict", "vectorize"}  # importance() would pass others on to the model
     if method == "smc":

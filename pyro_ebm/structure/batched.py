@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -237,12 +239,7 @@ class BatchedModel:
     ) -> Batch:
         if way == "plate":
             return self._in_plate(values, num, returned, measure)
-
-        def single(row: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            trace = self._trace(row)
-            found = {name: _in_shape(trace, name, self.layout.shapes[name]) for name in returned}
-            return found, _measured(trace, self.keep, measure)
-
+        single = functools.partial(self._single, returned=returned, measure=measure)
         if way == "vmap":
             if all(name in values for name in self.layout.latent):
                 found, measured = _vmap(single, dict(values))
@@ -251,6 +248,14 @@ class BatchedModel:
             return Batch(found, measured, way)
         runs = [single({name: value[index] for name, value in values.items()}) for index in range(num)]
         return Batch(_stacked([found for found, _ in runs]), _stacked([measured for _, measured in runs]), way)
+
+    def _single(
+        self, row: Mapping[str, Tensor], *, returned: Sequence[str], measure: Measure | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One run: values and what was measured, by site."""
+        trace = self._trace(row)
+        found = {name: _in_shape(trace, name, self.layout.shapes[name]) for name in returned}
+        return found, _measured(trace, self.keep, measure)
 
     def _in_plate(
         self, values: Mapping[str, Tensor], num: int, returned: Sequence[str], measure: Measure | None
@@ -276,10 +281,28 @@ class BatchedModel:
     def _trace(self, values: Mapping[str, Tensor]) -> poutine.Trace:
         tracer = poutine.trace(poutine.condition(self.model, data=dict(values)))
         try:
-            return tracer.get_trace(*self.args, **self.kwargs)
+            trace = tracer.get_trace(*self.args, **self.kwargs)
         except Exception as error:
             error.add_note(_reached(tracer.msngr.trace))
             raise
+        for site in sample_sites(trace).values():
+            site["fn"] = unvalidated(site["fn"])
+        return trace
+
+
+def unvalidated(fn: Any) -> Any:
+    """A distribution that checks no values, as all made from now on are: one of a module's may be older.
+
+    What checks values looks at them, which neither ``torch.vmap`` nor a captured graph can do.
+    """
+    inner = vars(fn).get("base_dist")
+    if not getattr(fn, "_validate_args", False) and inner is None:
+        return fn
+    other = copy.copy(fn)
+    other._validate_args = False
+    if inner is not None:
+        other.base_dist = unvalidated(inner)
+    return other
 
 
 def _measured(trace: poutine.Trace, keep: tuple[int, ...], measure: Measure | None) -> dict[str, Tensor]:

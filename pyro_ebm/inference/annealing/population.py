@@ -233,7 +233,7 @@ class _Mover:
         function = self.path.value_and_grad(population.beta)
         state = population.points.state(population.beta, self._rescaled(population), population.iteration)
         first = not population.ladder
-        if first and self.kernel.adapt_step_size and self.kernel.step_size is None:
+        if first and self.kernel.adapt_step_size and self.kernel.given_step_size is None:
             size, _ = find_step_size(self.kernel, state, function, self.generator)
             state = state._replace(tuning=state.tuning._replace(step_size=_of_others(size.log()).exp()))
         if self._lengths is None:
@@ -265,14 +265,14 @@ class _Mover:
 
     def _retuned(self, before: State, info: Info) -> Tuning:
         """Step sizes nearer to the acceptance wanted, by that of the other islands; the length as ChEES learns it."""
-        size, inverse_mass, length = before.tuning
+        size, length = before.tuning.step_size, before.tuning.trajectory_length
         if self._lengths is not None:
             length = self._lengths.update(before, info).trajectory_length
         if self.kernel.adapt_step_size:
             surplus = self.kernel.average_acceptance(info.acceptance_rate) - self.kernel.target_accept_prob
             # From the mean of all: what corrects an island's own size says nothing of that size, which would drift off.
             size = (size.log().mean(0) + _GAIN * _of_others(surplus)).exp()
-        return Tuning(size, inverse_mass, length)
+        return before.tuning._replace(step_size=size, trajectory_length=length)
 
 
 def _of_others(values: Tensor) -> Tensor:

@@ -175,6 +175,8 @@ def kernel_for(
             f"kernel was made for another target than the one given; pass the class, kernel={type(kernel).__name__}, "
             f"or {type(kernel).__name__}(target, ...)"
         )
+    if kernel.full_mass:
+        raise ValueError("full_mass: particles are moved with a scale for each coordinate; use full_mass=False")
     for name, given, default in (("independent", independent, None), ("vectorize", vectorize, "auto")):
         if given not in (default, getattr(kernel, name)):
             raise ValueError(f"{name}={given!r} and a kernel made with {name}={getattr(kernel, name)!r}: give one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +83,8 @@ class Chains:
         generator: source of all randomness.
         graph: ``"captured"``, ``"compiled"`` or ``"eager"``.
         bar: shows the progress.
+        on_step: called after each step of the warm-up and after each draw, with the stage and its number.
+        saved: sites whose draws are kept; all when ``None``.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class Chains:
         generator: torch.Generator,
         graph: str = "captured",
         bar: tqdm | None = None,
+        on_step: Callable[[Chains, str, int], None] | None = None,
+        saved: Sequence[str] | None = None,
     ) -> None:
         self.kernel, self.density, self.generator = kernel, density, generator
         self.warmup, self.record = Record(), Record()
@@ -101,6 +105,8 @@ class Chains:
         self.sampling_seconds = 0.0
         self.interrupted = False
         self.rescued = 0
+        self._on_step, self._saved = on_step, saved
+        self._dense = kernel.blocks(density).mask(u)
         self._bar = bar or tqdm(disable=True)
         self._divergences = 0.0
         self._looked, self._r_hat = time.perf_counter(), math.nan
@@ -126,15 +132,15 @@ class Chains:
     def warm_up(self, num_steps: int, *, keep: bool = False) -> None:
         """Adapt the kernel for so many steps."""
         with self._quiet():
-            if self.kernel.adapt_step_size and self.kernel.step_size is None:
+            if self.kernel.adapt_step_size and self.kernel.given_step_size is None:
                 step_size, tries = find_step_size(self.kernel, self.state, self._value_and_grad, self.generator)
                 self.num_gradients += tries * len(self.state.u)
                 self.state = self.state._replace(tuning=self.state.tuning._replace(step_size=step_size))
             if not num_steps:
                 return
-            adaptation = Adaptation(self.kernel, self.state, num_steps)
+            adaptation = Adaptation(self.kernel, self.state, num_steps, dense=self._dense)
             rescue = Rescue(num_steps)
-            for _ in range(num_steps):
+            for index in range(num_steps):
                 before = self.state
                 self.state, info = self._step(before)
                 self.state = self.state._replace(tuning=adaptation.update(before, info))
@@ -142,6 +148,7 @@ class Chains:
                 self._count(info, "warm-up")
                 if keep:
                     self.warmup.add(self.state, info)
+                self._told("Warmup", index)
             self.state = self.state._replace(tuning=adaptation.finish())
         self.rescued = rescue.count
         self._divergences = 0.0
@@ -156,10 +163,15 @@ class Chains:
                         self.state, info = self._step(self.state)
                         self._count(info, "draws")
                     self.record.add(self.state, info)
+                    self._told("Sample", len(self.record) - 1)
         except KeyboardInterrupt:
             self.interrupted = True
         synchronize(self.state.u.device)
         self.sampling_seconds += time.perf_counter() - start
+
+    def _told(self, stage: str, index: int) -> None:
+        if self._on_step is not None:
+            self._on_step(self, stage, index)
 
     def _count(self, info: Info, phase: str) -> None:
         self.num_gradients += info.n_steps * len(info.proposal)
@@ -193,6 +205,20 @@ class Chains:
         found = torch.as_tensor(r_hat(draws), device="cpu")
         return float(found[~found.isnan()].max()) if not bool(found.isnan().all()) else math.nan
 
+    def found(self) -> dict[str, Any]:
+        """What the kernel's users may read: step size and mass matrix of the moment, as in Pyro."""
+        tuning = self.state.tuning
+        size = tuning.step_size
+        blocks = self.kernel.blocks(self.density)
+        return {
+            "step_size": size.clone() if size.ndim else float(size),
+            "inverse_mass_matrix": blocks.by_site(tuning.inverse_mass, tuning.factor),
+        }
+
+    def _kept(self, record: Record) -> dict[str, Tensor]:
+        values = record.values(self.density)
+        return {site: value for site, value in values.items() if self._saved is None or site in self._saved}
+
     @torch.no_grad()
     def draws(self, *, seconds: float, notes: Mapping[str, Any]) -> Draws:
         """Everything kept so far."""
@@ -200,9 +226,9 @@ class Chains:
         tuning = self.state.tuning
         warm = None
         if len(self.warmup):
-            warm = Draws(self.warmup.values(self.density), self.kernel.name, self.warmup.stats())
+            warm = Draws(self._kept(self.warmup), self.kernel.name, self.warmup.stats())
         return Draws(
-            values=self.record.values(self.density),
+            values=self._kept(self.record),
             method=self.kernel.name,
             stats=self.record.stats(),
             warmup=warm,
@@ -212,6 +238,7 @@ class Chains:
             seconds=seconds,
             sampling_seconds=self.sampling_seconds,
             notes={
+                "vectorize": self.density.way,
                 "graph": self.graph,
                 **({} if target is None else {"vectorize": target.vectorize}),
                 **({} if self.graph_problem is None else {"graph_problem": self.graph_problem}),

@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pyro.infer.mcmc.util import print_summary
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.arrays import as_tensors
-from pyro_ebm.chain_statistics import ess_bulk, r_hat
 from pyro_ebm.checks import whole_number
+from pyro_ebm.inference.chains.arguments import (
+    check_kernel,
+    check_saved,
+    number_of_chains,
+    packed,
+    refuse_foreign,
+    refuse_of_batch,
+    warn_of_ignored,
+)
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.report import report_chains
 from pyro_ebm.inference.chains.starts import chain_starts, given_starts
+from pyro_ebm.inference.chains.stock import Hook, StockChains
+from pyro_ebm.inference.chains.tables import diagnostics_of, headline, table
 from pyro_ebm.inference.density.log_density import LogDensity
+from pyro_ebm.inference.density.potential import potential_density
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.kernel import Kernel
 from pyro_ebm.randomness import one_source, random_seed
+from pyro_ebm.structure import DoesNotBroadcast
 
 __all__ = ["MCMC"]
 
 _WARMUP = 500
+_CHAINS = 64
 _SHARE_OF_DIVERGENCES = 1e-3  # of the many transitions of many chains
 
 
 class MCMC:
-    """Run a batched kernel: many chains at once, in this process, as one tensor.
+    """Run a kernel: ours move many chains at once, as one tensor; Pyro's run as they are, one chain after another.
 
-    Changing the imports of a ``pyro.infer`` program is enough; the kernel is one of :class:`ChEES`,
-    :class:`HMC`, :class:`MALA`, :class:`ULA`. A hundred chains cost little more than one. During warm-up, chains that
-    accept nothing where they started are moved to where others are; ``notes["rescued"]`` of the draws counts them.
+    Changing the imports of a ``pyro.infer`` program is enough: ``from pyro_ebm import MCMC, HMC``, or
+    ``from pyro_ebm import ChEES as NUTS``. **By default there are 64 chains**, so that ``num_samples=500`` returns
+    32,000 draws: a hundred chains cost little more than one, and warm-up learns from all of them. Say
+    ``num_chains=1`` for as many as in Pyro, or take some: ``mcmc.get_samples(500)``.
+
+    During warm-up, chains that accept nothing where they started are moved to where others are;
+    ``notes["rescued"]`` of the draws counts them. A model that cannot be run for many chains at once is for
+    ``MCMC(pyro.infer.NUTS(model), ...)``, which returns the same kind of draws.
 
     Args:
-        kernel: what moves the chains.
+        kernel: one of :class:`ChEES`, :class:`HMC`, :class:`MALA`, :class:`ULA`; or any kernel of Pyro's.
         num_samples: draws per chain that are kept.
-        warmup_steps: adaptation steps; as many as ``num_samples``, at most 500, when ``None``.
-        initial_params: as in Pyro, values in unconstrained space, {site: (num_chains, *shape)}; or points
-            (num_chains, dim). Goes before ``init``.
-        num_chains: chains.
+        warmup_steps: adaptation steps; when ``None`` as many as ``num_samples``, at most 500 for batched kernels.
+        initial_params: as in Pyro, values in unconstrained space, {site: (num_chains, *shape)}, for a single chain
+            {site: shape}; or points (num_chains, dim). Goes before ``init``.
+        num_chains: chains; when ``None`` as many as ``initial_params`` has, else 64, and 1 for a kernel of Pyro's.
+        hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after each step of the ``"Warmup"`` and each draw,
+            the ``"Sample"``; ``params`` are unconstrained values, {site: (num_chains, *shape)}, for a single chain
+            {site: shape}.
+        mp_context: ignored, with a warning: there are no processes.
+        disable_progbar: as in Pyro; the opposite of ``progress``.
+        disable_validation: as in Pyro for its kernels; ours never validate.
+        transforms: site -> transform to unconstrained space, before those of the kernel and of the supports.
+        save_params: sites whose draws are kept; all when ``None``.
+        vectorize: ``"auto"``, ``"plate"`` or ``"vmap"``, instead of the kernel's; see :meth:`LogDensity.from_model`.
         init: ``"importance"`` (resampled draws of the guide, or of the prior), ``"prior"``, ``"guide"``,
-            ``"uniform"``, or values by site as the model has them, (num_chains, *site_shape).
+            ``"uniform"``, one of ``pyro.infer.autoguide.init_to_*``, or values by site as the model has them,
+            (num_chains, *site_shape). When ``None``, the kernel's ``init_strategy``, else ``"importance"``.
         guide: for the starting points.
         thin: keep every ``thin``-th draw.
         seed: a number for the same draws twice; ``None`` uses the global generator.
@@ -53,11 +82,13 @@ class MCMC:
         compile: hand the captured graph to ``torch.compile``: seconds first, then faster.
         capture: ``False`` runs the model at each step.
         progress: show a progress bar.
-        disable_progbar: Pyro's word for ``not progress``; either will do.
         strict: raise instead of warn when the draws cannot be trusted.
 
+    Attributes:
+        transforms: after a run, site -> transform to unconstrained space, as in Pyro.
+
     Raises:
-        TypeError: a kernel that is not one of ours.
+        TypeError: a kernel that is none; an unknown argument.
         ValueError: impossible counts, bad starting points, a model that does not broadcast over chains.
 
     Example:
@@ -72,13 +103,20 @@ class MCMC:
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernel: Kernel | MCMCKernel,
         num_samples: int,
         warmup_steps: int | None = None,
         initial_params: Mapping[str, Tensor] | Tensor | None = None,
-        num_chains: int = 64,
+        num_chains: int | None = None,
+        hook_fn: Hook | None = None,
+        mp_context: str | None = None,
+        disable_progbar: bool | None = None,
+        disable_validation: bool | None = True,
+        transforms: Mapping[str, Any] | None = None,
+        save_params: Sequence[str] | None = None,
         *,
-        init: str | Mapping[str, Tensor] = "importance",
+        vectorize: str | None = None,
+        init: str | Mapping[str, Tensor] | Callable[..., Any] | None = None,
         guide: Callable[..., Any] | None = None,
         thin: int = 1,
         seed: int | None = None,
@@ -87,29 +125,33 @@ class MCMC:
         compile: bool = False,
         capture: bool = True,
         progress: bool = True,
-        disable_progbar: bool | None = None,
         strict: bool = False,
+        **unknown: Any,
     ) -> None:
-        if not isinstance(kernel, Kernel):
-            raise TypeError(
-                f"kernel must be one of ChEES, HMC, MALA, ULA of pyro_ebm, got {type(kernel).__module__}."
-                f"{type(kernel).__name__}; Pyro's own kernels run by pyro_nuts(model, ...) and pyro_hmc(model, ...)"
-            )
+        refuse_foreign(unknown)
         whole_number("num_samples", num_samples)
-        warmup_steps = min(num_samples, _WARMUP) if warmup_steps is None else warmup_steps
-        for name, value, least in (
-            ("warmup_steps", warmup_steps, 0),
-            ("num_chains", num_chains, 1),
-            ("thin", thin, 1),
-        ):
-            whole_number(name, value, at_least=least)
+        batched = check_kernel(kernel, initial_params)
+        if warmup_steps is None:
+            warmup_steps = min(num_samples, _WARMUP) if batched else num_samples
+        for name, value, least in (("warmup_steps", warmup_steps, 0), ("num_chains", num_chains, 1), ("thin", thin, 1)):
+            if value is not None:
+                whole_number(name, value, at_least=least)
         one_source(seed, generator)
+        warn_of_ignored(mp_context=mp_context, disable_validation=disable_validation, stock=not batched)
+        if not batched:
+            own = {"vectorize": vectorize, "init": init, "guide": guide, "generator": generator, "thin": thin - 1}
+            refuse_of_batch(kernel, {**own, "compile": compile, "capture": not capture})
         self.kernel, self.num_samples, self.warmup_steps = kernel, num_samples, warmup_steps
-        self.initial_params, self.num_chains, self.init, self.guide = initial_params, num_chains, init, guide
+        self.initial_params, self.init, self.guide = initial_params, init, guide
+        self.hook_fn, self.transforms, self.save_params = hook_fn, transforms, save_params
+        self.disable_validation, self.vectorize = disable_validation, vectorize
         self.thin, self.seed, self.generator = thin, seed, generator
         self.keep_warmup, self.strict = keep_warmup, strict
         self.progress = progress if disable_progbar is None else not disable_progbar
         self.graph = "compiled" if compile else "captured" if capture else "eager"
+        self._asked_chains, self._asked_transforms = num_chains, transforms
+        self.num_chains = num_chains or (_CHAINS if batched else 1)
+        self._stock: StockChains | None = None
         self._draws: Draws | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Draws:
@@ -126,19 +168,48 @@ class MCMC:
         Warns:
             InferenceWarning: when the draws cannot be trusted.
         """
-        return self.run_with(self._fixed_number, as_tensors(args), as_tensors(kwargs))
+        args, kwargs = as_tensors(args), as_tensors(kwargs)
+        if isinstance(self.kernel, MCMCKernel):
+            return self._run_stock(args, kwargs)
+        return self.run_with(self._fixed_number, args, kwargs)
 
     def _fixed_number(self, chains: Chains) -> dict[str, Any]:
         chains.extend(self.num_samples, thin=self.thin)
         return {}
 
+    def _run_stock(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Draws:
+        self._draws = None
+        self._stock = StockChains(
+            self.kernel,
+            self.num_samples,
+            self.warmup_steps,
+            self.num_chains,
+            self.initial_params,
+            self.hook_fn,
+            self._asked_transforms,
+            self.save_params,
+            self.disable_validation,
+            self.seed,
+            self.keep_warmup,
+            self.progress,
+        )
+        self._draws = self._stock.run(args, kwargs)
+        self.transforms = self._stock.transforms
+        report_chains(self._draws, strict=self.strict, interrupted=self._stock.interrupted)
+        return self._draws
+
     def run_with(
         self, drive: Callable[[Chains], Mapping[str, Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Draws:
         """Warm up, and let ``drive`` extend the chains; what it returns goes into the notes of the draws."""
+        if not isinstance(self.kernel, Kernel):
+            raise TypeError(f"{type(self.kernel).__name__} of Pyro's cannot be extended: give num_samples=")
         began = time.perf_counter()
         self._draws = None
-        density = self.kernel.density(*args, **kwargs)
+        density = self._density(self.kernel, args, kwargs)
+        check_saved(self.save_params, density.constrain(density.like.new_zeros(1, *density.batch, density.dim)))
+        if self._asked_chains is None:
+            self.num_chains = number_of_chains(density, self.initial_params, _CHAINS)
         generator = self.generator or torch.Generator().manual_seed(random_seed(self.seed, None))
         # A seed of their own for the starts: from the same stream, the first velocities would equal prior draws.
         u, rule = self._starts(density, random_seed(None, generator))
@@ -146,8 +217,18 @@ class MCMC:
             generator = torch.Generator(u.device).manual_seed(random_seed(None, generator))
         total = self.warmup_steps + self.num_samples * self.thin
         notes = {"init": rule, "num_samples": self.num_samples, "warmup_steps": self.warmup_steps, "thin": self.thin}
+        self._remember_start(self.kernel, density, u)
         with tqdm(total=total, desc=self.kernel.name, disable=not self.progress, mininterval=0.5) as bar:
-            chains = Chains(self.kernel, density, u, generator=generator, graph=self.graph, bar=bar)
+            chains = Chains(
+                self.kernel,
+                density,
+                u,
+                generator=generator,
+                graph=self.graph,
+                bar=bar,
+                on_step=None if self.hook_fn is None else self._on_step,
+                saved=self.save_params,
+            )
             try:
                 chains.warm_up(self.warmup_steps, keep=self.keep_warmup)
                 notes.update(drive(chains))
@@ -155,6 +236,7 @@ class MCMC:
                 raise KeyboardInterrupt("interrupted during the warm-up: there are no draws yet") from None
         if not len(chains.record):
             raise KeyboardInterrupt("interrupted before the first draw: there are no draws yet")
+        self.kernel.remember(**chains.found())
         self._draws = chains.draws(seconds=time.perf_counter() - began, notes=notes)
         report_chains(
             self._draws,
@@ -164,27 +246,51 @@ class MCMC:
         )
         return self._draws
 
+    def _density(self, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LogDensity:
+        transforms = self._asked_transforms or kernel.given_transforms
+        if kernel.potential_fn is not None:
+            example: Mapping[str, Tensor] = self.initial_params  # type: ignore[assignment]  # checked above
+            if (self._asked_chains or 1) > 1:
+                example = {name: value[0] for name, value in example.items()}
+            return potential_density(kernel.potential_fn, example, transforms)
+        vectorize = self.vectorize or kernel.vectorize
+        if transforms is not kernel.given_transforms or vectorize != kernel.vectorize:
+            kernel = dataclasses.replace(kernel, transforms=transforms, vectorize=vectorize)
+        try:
+            return kernel.density(*args, **kwargs)
+        except DoesNotBroadcast as error:
+            error.add_note(
+                "MCMC moves many chains at once. To leave the model as it is, run Pyro's own kernel, whose chains come "
+                "one after another: MCMC(pyro.infer.NUTS(model), num_samples, num_chains=4)"
+            )
+            raise
+
+    def _remember_start(self, kernel: Kernel, density: LogDensity, u: Tensor) -> None:
+        target = density.target
+        if target is not None:
+            self.transforms = {site.name: site.transform.inv for site in target.sites}
+        else:
+            self.transforms = dict(self._asked_transforms or kernel.given_transforms or {})
+        kernel.remember(transforms=self.transforms, initial_params=self._single(density.split(u)))
+
+    def _on_step(self, chains: Chains, stage: str, index: int) -> None:
+        assert self.hook_fn is not None
+        chains.kernel.remember(**chains.found())
+        self.hook_fn(self.kernel, self._single(chains.density.split(chains.state.u)), stage, index)
+
+    def _single(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As in Pyro, the values of a single chain have no dimension for chains."""
+        return {name: value[0] for name, value in values.items()} if self.num_chains == 1 else values
+
     def _starts(self, density: LogDensity, seed: int) -> tuple[Tensor, str]:
         given = self.initial_params
-        if given is None:
-            return chain_starts(density, self.num_chains, init=self.init, guide=self.guide, seed=seed)
-        u = given if isinstance(given, Tensor) else self._packed(density, given)
-        return given_starts(density, self.num_chains, u, guide=self.guide), "given"
-
-    def _packed(self, density: LogDensity, params: Mapping[str, Tensor]) -> Tensor:
-        if density.target is None:
-            raise ValueError("initial_params: this target has no sites; give points, a tensor (num_chains, dim)")
-        for site in density.target.sites:
-            expected = (self.num_chains, *site.unconstrained_shape)
-            got = tuple(params[site.name].shape) if site.name in params else "nothing"
-            if self.num_chains == 1 and got == expected[1:]:  # a single chain, as in Pyro
-                params = {**params, site.name: params[site.name][None]}
-            elif got != expected:
-                raise ValueError(
-                    f"initial_params[{site.name!r}] must have shape {expected}, unconstrained values with one row a "
-                    f"chain, got {got}"
-                )
-        return density.target.pack(params)
+        if given is not None:
+            u = given if isinstance(given, Tensor) else packed(density, given, self.num_chains)
+            return given_starts(density, self.num_chains, u, guide=self.guide), "given"
+        init = self.init
+        if init is None:
+            init = getattr(self.kernel, "init_strategy", None) or "importance"
+        return chain_starts(density, self.num_chains, init=init, guide=self.guide, seed=seed)
 
     @property
     def draws(self) -> Draws:
@@ -215,24 +321,20 @@ class MCMC:
 
     def diagnostics(self) -> dict[str, dict[str, Any]]:
         """Bulk ESS and R-hat (ArviZ's) of each site, divergences and acceptance of each chain, as in Pyro."""
-        draws = self.draws
-        found: dict[str, dict[str, Any]] = {
-            site: {"n_eff": torch.from_numpy(ess_bulk(value)), "r_hat": torch.from_numpy(r_hat(value))}
-            for site, value in draws.values.items()
-        }
-        rate = draws.stats["acceptance_rate"]
-        diverging = draws.stats["diverging"].reshape(*rate.shape[:2], -1).any(-1)  # any datum's
-        chains = range(draws.num_chains)
-        found["divergences"] = {f"chain {i}": diverging[i].nonzero().flatten().tolist() for i in chains}
-        found["acceptance rate"] = {f"chain {i}": float(rate[i].mean()) for i in chains}
+        found = diagnostics_of(self.draws)
+        chains = [] if self._stock is None else self._stock.diagnostics
+        for name in chains[0] if chains else ():
+            found[name] = {f"chain {index}": each[name] for index, each in enumerate(chains)}
         return found
 
     def summary(self, prob: float = 0.9) -> None:
-        """Print Pyro's table: mean, sd, median, interval, n_eff, R-hat; then the divergences.
+        """Print how many draws there are; Pyro's table: mean, sd, median, interval, n_eff, R-hat; the divergences.
 
         Args:
             prob: probability of the interval.
         """
         draws = self.draws
-        print_summary(draws.values, prob=prob)
-        sys.stdout.write(f"Number of divergences: {int(draws.stats['diverging'].sum())}\n")
+        lines = [headline(draws), table(draws, prob), ""]
+        if "diverging" in draws.stats:
+            lines.append(f"Number of divergences: {int(draws.stats['diverging'].sum())}")
+        sys.stdout.write("\n".join(lines) + "\n")

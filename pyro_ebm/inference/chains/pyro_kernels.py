@@ -6,11 +6,10 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
-import torch
 from pyro.infer import HMC, MCMC, NUTS
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.devices import one_thread
+from pyro_ebm.inference.chains.recording import CountedPotential, OutOfTimeError, RecordedChain, stacked
 from pyro_ebm.inference.chains.report import report_chains
 from pyro_ebm.inference.chains.starting_points import StartingPoints
 from pyro_ebm.inference.draws import Draws, Source
@@ -27,8 +27,6 @@ from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace, unnormalized, untilted
 
 __all__ = ["pyro_hmc", "pyro_nuts"]
-
-_LEAST_DRAWS = 4  # with fewer there is no R-hat
 
 
 @passes_keywords()
@@ -140,80 +138,6 @@ def pyro_hmc(
     return run(model, args, dict(model_kwargs or {}), init=init, guide=guide, jit_compile=jit_compile)
 
 
-class _OutOfTimeError(Exception):
-    """Ends a chain whose share of the time is spent."""
-
-
-class _CountedPotential:
-    """A potential that counts how often it is evaluated; each evaluation is one gradient."""
-
-    def __init__(self, potential: Callable[..., Tensor]) -> None:
-        self.potential = potential
-        self.count = 0
-
-    def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
-        self.count += 1
-        return self.potential(params)
-
-
-@dataclass
-class _Chain:
-    """What the hook sees of one chain, step by step."""
-
-    potential: _CountedPotential
-    bar: tqdm
-    deadline: float = math.inf
-    params: list[dict[str, Tensor]] = field(default_factory=list)
-    stats: list[dict[str, float]] = field(default_factory=list)
-    warmup: int = 0
-    divergences: int = 0
-    started: float = 0.0
-    ended: float = 0.0
-    _mean_accept: float = 0.0
-    _count: int = 0
-
-    def watch(self, kernel: Any) -> Any:
-        """Leave what the set-up of a kernel costs out of the steps of its first draw."""
-        setup = kernel.setup
-
-        def counted_setup(*args: Any, **kwargs: Any) -> None:
-            setup(*args, **kwargs)
-            self._count = self.potential.count
-
-        kernel.setup = counted_setup
-        return kernel
-
-    def hook(self, kernel: Any, params: Mapping[str, Tensor], stage: str, index: int) -> None:
-        if stage.startswith("Warmup"):
-            self.warmup += 1
-        elif index == 0:
-            self._mean_accept, self.started = 0.0, time.perf_counter()
-        mean = float(kernel._mean_accept_prob)  # running mean of the phase; Pyro keeps no per-draw value
-        accept = mean + index * (mean - self._mean_accept)
-        steps = self.potential.count - self._count
-        self.stats.append(
-            {
-                "lp": -float(kernel._potential_energy_last),
-                "acceptance_rate": min(max(accept, 0.0), 1.0),
-                "step_size": float(kernel.step_size),
-                "n_steps": steps,
-                "diverging": float(len(kernel._divergences) > self.divergences),
-            }
-        )
-        self.params.append({name: value.detach().clone() for name, value in params.items()})
-        self._mean_accept, self._count, self.divergences = mean, self.potential.count, len(kernel._divergences)
-        self.ended = time.perf_counter()
-        self.bar.update()
-        if index % 20 == 0:
-            self.bar.set_postfix(accept=f"{mean:.2f}", divergences=self.divergences, refresh=False)
-        if self.ended > self.deadline and self.num_draws >= _LEAST_DRAWS:
-            raise _OutOfTimeError
-
-    @property
-    def num_draws(self) -> int:
-        return len(self.params) - self.warmup
-
-
 @dataclass(frozen=True)
 class _Run:
     """One run of a stock kernel, chain after chain."""
@@ -259,7 +183,7 @@ class _Run:
                 )
             if not transforms:
                 raise ValueError("the model has no continuous latent sites: nothing for this sampler to move")
-            counted = _CountedPotential(potential)
+            counted = CountedPotential(potential)
             shapes = {name: site["value"].shape for name, site in latent_sites(trace).items()}
             starts = StartingPoints(model, args, kwargs, counted, transforms, shapes, self.num_chains)
             initial, rule = starts.find(init, guide)
@@ -277,19 +201,19 @@ class _Run:
 
     def _chains(
         self,
-        potential: _CountedPotential,
+        potential: CountedPotential,
         initial: dict[str, Tensor],
         transforms: Mapping[str, Any],
         deadline: float,
-    ) -> tuple[list[_Chain], bool]:
-        chains: list[_Chain] = []
+    ) -> tuple[list[RecordedChain], bool]:
+        chains: list[RecordedChain] = []
         total = self.num_chains * (self.num_samples + self.warmup_steps)
         with tqdm(total=total, desc=self.method, disable=not self.progress, mininterval=0.5) as bar:
             for index in range(self.num_chains):
                 # All chains are cut to the shortest, so that no later one need go further.
                 num_samples = min((chain.num_draws for chain in chains), default=self.num_samples)
                 now = time.perf_counter()
-                chains.append(_Chain(potential, bar, now + (deadline - now) / (self.num_chains - index)))
+                chains.append(RecordedChain(potential, bar, now + (deadline - now) / (self.num_chains - index)))
                 mcmc = MCMC(
                     chains[-1].watch(self.kernel(potential)),
                     num_samples=num_samples,
@@ -301,7 +225,7 @@ class _Run:
                 )
                 try:
                     mcmc.run()
-                except _OutOfTimeError:
+                except OutOfTimeError:
                     pass
                 except KeyboardInterrupt:
                     return _usable(chains), True
@@ -309,7 +233,7 @@ class _Run:
 
     def _collect(
         self,
-        chains: list[_Chain],
+        chains: list[RecordedChain],
         transforms: Mapping[str, Any],
         seconds: float,
         observed: Mapping[str, Tensor],
@@ -317,12 +241,12 @@ class _Run:
     ) -> Draws:
         warm = max(chain.warmup for chain in chains)
         length = min(chain.num_draws for chain in chains)
-        values, stats = _stack(chains, transforms, slice(warm, warm + length))
+        values, stats = stacked(chains, transforms, slice(warm, warm + length))
         if self.method == "nuts":
             stats["tree_depth"] = (stats["n_steps"] + 1).log2().ceil().long()
         warmup = None
         if self.keep_warmup and warm:
-            warm_values, warm_stats = _stack(chains, transforms, slice(0, warm))
+            warm_values, warm_stats = stacked(chains, transforms, slice(0, warm))
             warmup = Draws(values=warm_values, method=self.method, stats=warm_stats)
         sampling = sum(chain.ended - chain.started for chain in chains)
         return Draws(
@@ -331,31 +255,14 @@ class _Run:
             stats=stats,
             warmup=warmup,
             observed=observed,
-            num_gradients=chains[0].potential.count,
+            num_gradients=chains[0].count,
             seconds=seconds,
             sampling_seconds=sampling,
             notes={"num_samples": self.num_samples, "warmup_steps": self.warmup_steps, **notes},
         )
 
 
-def _stack(
-    chains: list[_Chain], transforms: Mapping[str, Any], part: slice
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Constrained values and stats of one phase, each (chain, draw, ...)."""
-    values = {}
-    for name, transform in transforms.items():
-        rows = [torch.stack([step[name] for step in chain.params[part]]) for chain in chains]
-        values[name] = transform.inv(torch.stack(rows)).detach()
-    device = next(iter(values.values())).device
-    stats = {
-        name: torch.tensor([[step[name] for step in chain.stats[part]] for chain in chains], device=device)
-        for name in ("lp", "acceptance_rate", "step_size", "n_steps", "diverging")
-    }
-    stats["diverging"] = stats["diverging"].bool()
-    return values, stats
-
-
-def _usable(chains: list[_Chain]) -> list[_Chain]:
+def _usable(chains: list[RecordedChain]) -> list[RecordedChain]:
     """After an interruption: the finished chains, or the first one as far as it came."""
     if len(chains) > 1:
         return chains[:-1]

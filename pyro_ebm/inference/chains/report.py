@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from pyro_ebm.chain_statistics import r_hat
@@ -26,7 +27,7 @@ def report_chains(draws: Draws, *, strict: bool, interrupted: bool, max_divergen
         max_divergences: share of diverged transitions that is let pass.
     """
     problems = []
-    diverging = draws.stats["diverging"]
+    diverging = draws.stats.get("diverging", torch.zeros(()))  # a kernel of the user's may report nothing
     divergences = int(diverging.sum())
     if divergences > max_divergences * diverging.numel():
         problems.append(
@@ -57,7 +58,7 @@ def report_chains(draws: Draws, *, strict: bool, interrupted: bool, max_divergen
 
 def _stuck(draws: Draws) -> str:
     """Chains that never moved, and of which data, as text."""
-    if draws.num_draws < 10:
+    if draws.num_draws < 10 or "acceptance_rate" not in draws.stats:
         return ""
     rates = draws.stats["acceptance_rate"].mean(1)
     stuck = (rates < _STUCK).reshape(draws.num_chains, -1)

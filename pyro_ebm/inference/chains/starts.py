@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_ebm.inference.chains.report import listed
 from pyro_ebm.inference.density.log_density import LogDensity
+from pyro_ebm.inference.density.strategy import points_by_strategy
 from pyro_ebm.randomness import forked_rng
 
 __all__ = ["CHAIN_INITS", "chain_starts", "given_starts"]
@@ -26,7 +27,7 @@ def chain_starts(
     density: LogDensity,
     num_chains: int,
     *,
-    init: str | Mapping[str, Tensor] = "importance",
+    init: str | Mapping[str, Tensor] | Callable[..., Any] = "importance",
     guide: Callable[..., Any] | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, str]:
@@ -37,7 +38,8 @@ def chain_starts(
         num_chains: how many points.
         init: ``"importance"``: draws of the guide (the prior without one), resampled by their weights;
             ``"prior"`` or ``"guide"``: draws of it; ``"uniform"``: between -2 and 2 in unconstrained space;
-            or values by site, (num_chains, *site_shape). A density without a model starts uniformly.
+            one of ``pyro.infer.autoguide.init_to_*``; or values by site, (num_chains, *site_shape). A density
+            without a model starts uniformly.
         guide: for ``"importance"`` and ``"guide"``.
         seed: of the random stream.
 
@@ -50,6 +52,11 @@ def chain_starts(
     """
     if isinstance(init, Mapping):
         return given_starts(density, num_chains, _from_values(density, init, num_chains), guide=guide), "given"
+    if callable(init):
+        with forked_rng(seed):
+            points = _redrawn(density, num_chains, lambda n: points_by_strategy(density, n, init))
+        _check_finite(density, points, "given", guide)
+        return points, getattr(init, "__name__", "init_strategy")
     if init not in CHAIN_INITS:
         raise ValueError(f"init must be one of {CHAIN_INITS} or a mapping of values by site, got {init!r}")
     if init == "guide" and guide is None:
@@ -100,7 +107,8 @@ def _resampled(density: LogDensity, num_chains: int, guide: Callable[..., Any] |
     """Importance draws; None where none has positive density."""
     proposal = density.proposal(guide)
     copies = density.batch.numel()
-    pool = max(_POOL // copies, _LEAST_POOL, num_chains)
+    slow = proposal.target is not None and proposal.target.drawn_by == "loop"
+    pool = max(0 if slow else _POOL // copies, _LEAST_POOL, num_chains)
     chunk = max(_CHUNK // copies, 1)
     points = torch.cat([proposal.draw(min(chunk, pool - start)) for start in range(0, pool, chunk)])
     log_weights = torch.cat([density(part) - proposal(part) for part in points.split(chunk)])

@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.density.model_target import ModelTarget
@@ -36,6 +36,8 @@ class LogDensity:
         dim: length of one point.
         like: an empty tensor of the dtype and device of points.
         target: the model behind it; ``None`` for a plain function.
+        shapes: site -> shape of its part of a point, in order: unconstrained, of one element of the batch.
+        way: how the model is run for many points, ``"plate"``, ``"vmap"`` or ``"loop"``; ``""`` for a function.
         batch: ``()``, or ``(n,)`` where the target is n independent densities (``independent=``):
             points are then (*chains, n, dim) and values (*chains, n).
     """
@@ -56,6 +58,8 @@ class LogDensity:
         self.batch = torch.Size(batch)
         self.like = torch.empty(0) if like is None else like.new_empty(0)
         self.target: ModelTarget | None = None
+        self.shapes: Mapping[str, torch.Size] = {"u": torch.Size([dim])}
+        self.way = ""
         self._draw: Callable[[int], Tensor] | None = None
         self._log_prob = log_prob
         self._constrain = constrain or (lambda u: {"u": u})
@@ -71,7 +75,7 @@ class LogDensity:
             raise ValueError(
                 f"log_prob must return one number per point, shape {tuple(u.shape[:-1])}, got {tuple(value.shape)}"
             )
-        return value
+        return value.to(u.dtype)  # data of another dtype than the parameters promote it
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log density (*chains,) and its gradient with respect to ``u``, both detached."""
@@ -80,6 +84,23 @@ class LogDensity:
             value = self(u)
             (grad,) = torch.autograd.grad(value.sum(), u)
         return value.detach(), grad
+
+    @property
+    def by_name(self) -> bool:
+        """Whether its coordinates belong to sites, or to the values of a potential."""
+        return self.target is not None or self.way != ""
+
+    def split(self, u: Tensor) -> dict[str, Tensor]:
+        """Points as unconstrained values, ``{site: (*chains, *batch, *shape)}``."""
+        parts = zip(self.shapes.items(), u.split([shape.numel() for shape in self.shapes.values()], -1), strict=True)
+        return {name: part.reshape(*u.shape[:-1], *shape) for (name, shape), part in parts}
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Unconstrained values, {site: (chains, *unconstrained_shape)}, as points."""
+        if self.target is not None:
+            return self.target.pack(values)
+        rows = [values[name].reshape(len(values[name]), -1) for name in self.shapes]
+        return torch.cat(rows, -1)
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Points as values of the model's sites, ``{site: (*chains, *site_shape)}``."""
@@ -120,6 +141,8 @@ class LogDensity:
         *args: Any,
         independent: str | None = None,
         vectorize: str = "auto",
+        transforms: Mapping[str, Transform] | None = None,
+        max_plate_nesting: int | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogDensity:
@@ -131,7 +154,7 @@ class LogDensity:
         evaluated in ``eval`` mode.
 
         Args:
-            model: any Pyro model whose latent sites are continuous.
+            model: any Pyro model; discrete latent sites are summed out, as in Pyro's own kernels.
             *args: the model's arguments.
             independent: name of a plate whose elements are independent of each other given the rest:
                 each element becomes a density of its own.
@@ -139,15 +162,25 @@ class LogDensity:
                 one chain, under ``torch.vmap`` (no Python branches on values, no in-place changes of them);
                 ``"auto"``: the first of the two that gives what each chain gives alone. ``density.target.vectorize``
                 says which it was.
+            transforms: site -> transform to unconstrained space, instead of Pyro's own for its support.
+            max_plate_nesting: leave so many dimensions, from the right, to plates; what they use when ``None``.
             model_kwargs: the model's keyword arguments, whatever their names.
             **kwargs: the same, where no option has their name.
 
         Raises:
             DoesNotBroadcast: a model that none of these ways can run for many chains.
-            ValueError: no latent sites, a discrete one, a subsampled plate, an ``independent`` plate that does not
-                hold every latent site.
+            ValueError: no continuous latent sites, a discrete one without a finite list of values, a subsampled
+                plate, an ``independent`` plate that does not hold every latent site.
         """
-        target = ModelTarget(model, args, dict(model_kwargs or {}), independent=independent, vectorize=vectorize)
+        target = ModelTarget(
+            model,
+            args,
+            dict(model_kwargs or {}),
+            independent=independent,
+            vectorize=vectorize,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+        )
         target.choose_way()
         return cls._of(target)
 
@@ -162,6 +195,7 @@ class LogDensity:
             like=target.like,
         )
         density.target = target
+        density.shapes, density.way = target.shapes, target.vectorize
         return density
 
     def draw(self, num_draws: int) -> Tensor:

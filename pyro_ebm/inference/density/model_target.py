@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +14,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Transform, biject_to
+from torch.distributions.constraints import Constraint
 
+from pyro_ebm.inference.density.enumeration import enumerable_sites, summed_out
 from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
     Layout,
@@ -42,6 +47,8 @@ class Site:
     event_dim: int
     transform: Transform
     data_axis: int | None  # axis of `shape` that holds the independent plate
+    dtype: torch.dtype
+    support: Constraint
 
     @property
     def size(self) -> int:
@@ -58,7 +65,9 @@ class ModelTarget:
         kwargs: its keyword arguments.
         independent: name of the plate whose elements are densities of their own.
         vectorize: ``"plate"``: chains are an outer plate; ``"vmap"``: the model runs as for one chain; ``"auto"``:
-            the first of them that serves the model.
+            the first of them that serves the model. Discrete sites are summed out, under ``vmap``.
+        transforms: site -> transform to unconstrained space, instead of the one that its support has.
+        max_plate_nesting: dimensions, from the right, that are left to plates; what they use when ``None``.
     """
 
     def __init__(
@@ -69,6 +78,8 @@ class ModelTarget:
         *,
         independent: str | None = None,
         vectorize: str = "auto",
+        transforms: Mapping[str, Transform] | None = None,
+        max_plate_nesting: int | None = None,
     ) -> None:
         candidate_ways(vectorize, _WAYS)
         self.model = unnormalized(model)
@@ -76,19 +87,26 @@ class ModelTarget:
         # The tilt changes no shapes: without it, a bad energy is seen in the density and not here.
         self.base = untilted(self.model)
         trace = prototype_trace(self.base, args, kwargs)
-        self.layout = Layout.of(trace)
+        self.layout = _with_room(Layout.of(trace), max_plate_nesting)
         self.data_dim, self.batch = _independent_plate(trace, independent)
-        self.sites = [_describe(name, site, self.data_dim) for name, site in latent_sites(trace).items()]
+        self.discrete = enumerable_sites(trace)
+        if self.discrete and independent is not None:
+            raise ValueError(f"discrete sites {self.discrete} are summed over all data: leave independent=None")
+        sites = {name: site for name, site in latent_sites(trace).items() if name not in self.discrete}
+        self.sites = [_describe(name, site, self.data_dim, transforms or {}) for name, site in sites.items()]
         if not self.sites:
-            raise ValueError("the model has no latent sample sites: nothing to sample")
+            raise ValueError("the model has no continuous latent sample sites: nothing to sample")
         _check_no_subsampling(trace)
-        self.like = trace.nodes[self.sites[0].name]["value"]
+        self.like = _common([trace.nodes[site.name]["value"] for site in self.sites])
         self.observed = observed_sites(trace)
         self._density = self._batched(self.model, self.layout)
         self._draws: BatchedModel | None = None
 
-    def _batched(self, model: Callable[..., Any], layout: Layout) -> BatchedModel:
+    def _batched(self, model: Callable[..., Any], layout: Layout, *, prior: bool = False) -> BatchedModel:
         """The model for log probabilities, at points given at all its latent sites."""
+        if self.discrete:
+            given = (model, self.args, self.kwargs)
+            return summed_out(*given, vectorize=self.asked, layout=layout, sites=self.discrete, prior=prior)
         keep = () if self.data_dim is None else (self.data_dim,)
         return BatchedModel(
             model, self.args, self.kwargs, vectorize=self.asked, ways=_WAYS, layout=layout, returned=(), keep=keep
@@ -104,12 +122,20 @@ class ModelTarget:
         """Length of one point."""
         return sum(site.size for site in self.sites)
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Site -> shape of its part of a point: unconstrained, of one element of the independent plate."""
+        return {
+            site.name: site.unconstrained_shape if site.data_axis is None else torch.Size([site.size])
+            for site in self.sites
+        }
+
     def proposal(self, guide: Callable[..., Any] | None) -> ModelTarget:
         """The same points under another distribution: the guide's, or, without one, the untilted prior's."""
         other = copy.copy(self)
         if guide is None:
             other.model = poutine.block(self.base, hide_fn=is_observed)
-            other._density = self._batched(other.model, self.layout)
+            other._density = self._batched(self.base if self.discrete else other.model, self.layout, prior=True)
             other._density.way = self._density.way  # part of what was checked
             layout = self.layout
         else:
@@ -123,6 +149,13 @@ class ModelTarget:
         names = [site.name for site in self.sites]
         other._draws = BatchedModel(other.model, self.args, self.kwargs, ways=ways, layout=layout, returned=names)
         return other
+
+    @property
+    def drawn_by(self) -> str:
+        """The way in which draws of a proposal are made; ``"loop"`` is slow."""
+        assert self._draws is not None
+        with evaluation_mode(self.model):
+            return self._draws.way or self._draws.choose()
 
     @torch.no_grad()
     def draw(self, num_draws: int) -> Tensor:
@@ -148,7 +181,7 @@ class ModelTarget:
         values, log_jacobian = {}, u.new_zeros(u.shape[:-1])
         for site, part in zip(self.sites, u.split([site.size for site in self.sites], -1), strict=True):
             flat = _to_site(part, site)
-            values[site.name] = site.transform(flat)
+            values[site.name] = site.transform(flat).to(site.dtype)
             jacobian = site.transform.log_abs_det_jacobian(flat, values[site.name])
             axis = None if site.data_axis is None else site.data_axis + 1
             dims = [d for d in range(1, jacobian.ndim) if d != axis]
@@ -201,7 +234,7 @@ class ModelTarget:
 
     def _check_supports(self, values: Mapping[str, Tensor]) -> None:
         """Elsewhere, the sites must have the supports that their transforms were made for."""
-        with evaluation_mode(self.model), pyro.validation_enabled(False):
+        with evaluation_mode(self.model), pyro.validation_enabled(False), forked_rng(0):  # discrete sites are drawn
             conditioned = poutine.condition(self.model, data=dict(values))
             trace = poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
         for site in self.sites:
@@ -219,31 +252,39 @@ class ModelTarget:
                 )
 
 
-def _describe(name: str, site: Mapping[str, Any], data_dim: int | None) -> Site:
-    fn, shape = site["fn"], site["value"].shape
-    if not fn.support.is_discrete:
-        try:
-            transform = biject_to(fn.support)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"site {name!r} ({type(fn).__name__}) has a support that no transform to unconstrained space is known "
-                f"for, {fn.support}; sample it in another form (a covariance as scales times an LKJCholesky factor)"
-            ) from error
-        axis = None
-        if data_dim is not None:
-            axis = len(shape) - len(fn.event_shape) + data_dim
-        return Site(
-            name, shape, torch.Size(transform.inverse_shape(shape)), len(fn.event_shape), transform, axis
-        )
-    raise ValueError(
-        f"site {name!r} is discrete ({type(fn).__name__}): a log density over continuous space has no place for "
-        f'it; use method="nuts" or "hmc", whose kernels sum discrete sites out, or marginalize it in the model'
-    )
+def _describe(
+    name: str, site: Mapping[str, Any], data_dim: int | None, transforms: Mapping[str, Transform]
+) -> Site:
+    fn, value = site["fn"], site["value"]
+    transform = transforms[name].inv if name in transforms else _known_transform(name, fn)
+    axis = None if data_dim is None else value.ndim - len(fn.event_shape) + data_dim
+    shape = torch.Size(transform.inverse_shape(value.shape))
+    return Site(name, value.shape, shape, len(fn.event_shape), transform, axis, value.dtype, fn.support)
+
+
+def _known_transform(name: str, fn: Any) -> Transform:
+    try:
+        return biject_to(fn.support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"site {name!r} ({type(fn).__name__}) has a support that no transform to unconstrained space is known "
+            f"for, {fn.support}; sample it in another form (a covariance as scales times an LKJCholesky factor)"
+        ) from error
+
+
+def _with_room(layout: Layout, max_plate_nesting: int | None) -> Layout:
+    return dataclasses.replace(layout, depth=max(layout.depth, max_plate_nesting or 0))
+
+
+def _common(values: list[Tensor]) -> Tensor:
+    """An empty tensor of the dtype that holds all values."""
+    dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
+    return values[0].new_empty(0, dtype=dtype)
 
 
 def _check_support(site: Site, fn: Any, value: Tensor) -> None:
     """The support found here must be the one the transform was made for."""
-    u = site.transform.inv(value)
+    u = biject_to(site.support).inv(value)
     here = biject_to(fn.support)(u)
     if here.shape != value.shape or not torch.allclose(here, value, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise ValueError(

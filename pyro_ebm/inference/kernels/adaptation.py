@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.inference.kernels.hmc import ChEES, Stride, hamiltonian_step
 from pyro_ebm.inference.kernels.kernel import Info, Kernel, State, Tuning, ValueAndGrad
+from pyro_ebm.inference.kernels.scales import RunningCovariance, RunningVariance, standardized
 
 __all__ = ["Adaptation", "Rescue", "find_step_size", "initial_tuning"]
 
@@ -32,19 +33,24 @@ class Adaptation:
         kernel: what is adapted.
         state: where the chains start.
         warmup_steps: number of updates to come.
+        dense: (dim, dim), ones where two coordinates share a block of the mass matrix; ``None``: it is diagonal.
     """
 
-    def __init__(self, kernel: Kernel, state: State, warmup_steps: int) -> None:
+    def __init__(self, kernel: Kernel, state: State, warmup_steps: int, *, dense: Tensor | None = None) -> None:
         self.kernel = kernel
         self.tuning = state.tuning
         self._num_steps = warmup_steps
         self._windows = _windows(warmup_steps)
-        self._variance = _RunningVariance()
+        self._dense = dense
+        self._spread = self._new_spread()
         self._count = 0
         self._restart()
         self._trajectory = None
         if isinstance(kernel, ChEES) and kernel.adapt_trajectory:
             self._trajectory = _TrajectoryLength(kernel, state.tuning)
+
+    def _new_spread(self) -> RunningVariance:
+        return RunningVariance() if self._dense is None else RunningCovariance(self._dense)
 
     def _restart(self) -> None:
         """Dual averaging anew: other scales need another step size."""
@@ -54,14 +60,14 @@ class Adaptation:
     def update(self, before: State, info: Info) -> Tuning:
         """The tuning of the next step, from the state before the last one and what that one reported."""
         self._count += 1
-        step_size, inverse_mass, length = self.tuning
+        step_size, length = self.tuning.step_size, self.tuning.trajectory_length
         if self.kernel.adapt_step_size:
             acceptance = self.kernel.average_acceptance(info.acceptance_rate)
             self._averaging.step(self.kernel.target_accept_prob - acceptance)
             step_size = self._averaging.get_state()[0].exp().clamp(*_STEP_SIZES)
         if self._trajectory is not None:
             length = self._trajectory.update(before, info)
-        self.tuning = Tuning(step_size, inverse_mass, length)
+        self.tuning = self.tuning._replace(step_size=step_size, trajectory_length=length)
         if self.kernel.adapt_mass_matrix:
             self._learn_scales(before)
         return self.tuning
@@ -69,14 +75,14 @@ class Adaptation:
     def _learn_scales(self, state: State) -> None:
         inside, ends = self._windows
         if self._count - 1 in inside:
-            self._variance.add(state.u)
-        if self._count - 1 in ends and self._variance.count > 1:
-            inverse_mass = self._variance.regularized()
+            self._spread.add(state.u)
+        if self._count - 1 in ends and self._spread.count > 1:
+            before, self.tuning = self.tuning, self._spread.tuned(self.tuning)
             length = self.tuning.trajectory_length
             if self._trajectory is not None:
-                length = self._trajectory.rescale(self.tuning.inverse_mass, inverse_mass)
-            self.tuning = Tuning(self._smoothed_step_size(), inverse_mass, length)
-            self._variance = _RunningVariance()
+                length = self._trajectory.rescale(before.inverse_mass, self.tuning.inverse_mass)
+            self.tuning = self.tuning._replace(step_size=self._smoothed_step_size(), trajectory_length=length)
+            self._spread = self._new_spread()
             if self._num_steps - self._count >= _TIME_TO_SETTLE:
                 self._restart()
 
@@ -88,7 +94,7 @@ class Adaptation:
     def finish(self) -> Tuning:
         """The tuning for the draws: averages over the end of the warm-up."""
         length = self.tuning.trajectory_length if self._trajectory is None else self._trajectory.average()
-        return Tuning(self._smoothed_step_size(), self.tuning.inverse_mass, length)
+        return self.tuning._replace(step_size=self._smoothed_step_size(), trajectory_length=length)
 
 
 class Rescue:
@@ -137,29 +143,6 @@ def _moved(state: State, stuck: Tensor, generator: torch.Generator) -> State:
     return state._replace(u=pick(state.u), log_prob=pick(state.log_prob), grad=pick(state.grad))
 
 
-class _RunningVariance:
-    """Variance over chains and steps, merged batch by batch (Chan, Golub, LeVeque 1979)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.squares: Any = 0.0  # tensors from the first batch on
-
-    def add(self, u: Tensor) -> None:
-        n, mean = len(u), u.mean(0)
-        total = self.count + n
-        shift = mean - self.mean
-        self.squares = self.squares + (u - mean).square().sum(0) + shift.square() * (self.count * n / total)
-        self.mean = self.mean + shift * (n / total)
-        self.count = total
-
-    def regularized(self) -> Tensor:
-        """Shrunk as Stan does: a few draws must not make a scale zero."""
-        n = self.count
-        variance = self.squares / (n - 1)
-        return variance * (n / (n + 5.0)) + 1e-3 * (5.0 / (n + 5.0))
-
-
 class _TrajectoryLength:
     """Gradient ascent on the ChEES criterion, on the logarithm of the length."""
 
@@ -167,7 +150,7 @@ class _TrajectoryLength:
         self._log = tuning.trajectory_length.log().clone().requires_grad_()
         self._optimizer = torch.optim.Adam([self._log], lr=kernel.learning_rate, betas=(0.0, 0.95), maximize=True)
         self._average = self._log.detach().clone()
-        self._first = math.log(kernel.trajectory_length)
+        self._first = math.log(kernel.initial_trajectory_length())
         self._count = 0
 
     def update(self, before: State, info: Info) -> Tensor:
@@ -201,12 +184,11 @@ def _chees_gradient(before: State, info: Info) -> Tensor:
 
     The weights are not normalized: with few chains their ratio would favor short trajectories.
     """
-    scale = before.tuning.inverse_mass.sqrt()
     rate = info.acceptance_rate[..., None]
     # A diverged trajectory may have ended anywhere, NaN included; its weight is zero.
     end = torch.where(rate > 0, info.proposal, before.u)
-    start = (before.u - before.u.mean(0)) / scale
-    end = (end - torch.lerp(before.u, end, rate).mean(0)) / scale
+    start = standardized(before.u - before.u.mean(0), before.tuning)
+    end = standardized(end - torch.lerp(before.u, end, rate).mean(0), before.tuning)
     change = end.square().sum(-1) - start.square().sum(-1)
     along = torch.where(info.acceptance_rate > 0, (end * info.velocity).sum(-1), 0.0)
     return (info.acceptance_rate * info.time * change * along).sum() / len(before.u)
@@ -231,10 +213,10 @@ def initial_tuning(kernel: Kernel, u: Tensor) -> Tuning:
     """Scales from the spread of many starting points, a step size to begin the search with."""
     inverse_mass = torch.ones_like(u[0])
     if kernel.adapt_mass_matrix and len(u) >= _ENOUGH_CHAINS:
-        spread = _RunningVariance()
+        spread = RunningVariance()
         spread.add(u)
         inverse_mass = torch.where(spread.regularized() > 1e-3, spread.regularized(), inverse_mass)
-    first = kernel.initial_step_size(u.shape[-1]) if kernel.step_size is None else kernel.step_size
+    first = kernel.initial_step_size(u.shape[-1]) if kernel.given_step_size is None else kernel.given_step_size
     step_size = u.new_full(u.shape[1:-1], first)
     return Tuning(step_size, inverse_mass, u.new_tensor(kernel.initial_trajectory_length()))
 

@@ -40,8 +40,12 @@ class Stride:
         if tuning is not self._tuning:
             self._tuning = tuning
             self.length = self._kernel.leapfrog_length(tuning.step_size)  # (*batch,)
-            self.full = self.length[..., None] * tuning.inverse_mass.sqrt()  # (*batch, dim)
+            if tuning.factor is None:
+                self.full = self.length[..., None] * tuning.inverse_mass.sqrt()  # (*batch, dim)
+            else:
+                self.full = self.length[..., None, None] * tuning.factor  # (*batch, dim, dim)
             self.half = 0.5 * self.full
+            self.dense = tuning.factor is not None
             # The elements of an independent plate move together. Their median step size decides: one datum whose
             # chains cannot move, and whose step size shrinks to nothing, has no say.
             self.num_steps = float(tuning.trajectory_length) / float(self.length.median())
@@ -64,12 +68,22 @@ def leapfrog(
         Points, log densities and gradients at the end, and the velocity there.
     """
     u, grad = state.u, state.grad
-    velocity = torch.addcmul(velocity, stride.half, grad)
+    drift, kick = (_times, _times_transposed) if stride.dense else (torch.addcmul, torch.addcmul)
+    velocity = kick(velocity, stride.half, grad)
     for index in range(num_steps):
-        u = torch.addcmul(u, stride.full, velocity)
+        u = drift(u, stride.full, velocity)
         log_prob, grad = value_and_grad(u)
-        velocity = torch.addcmul(velocity, stride.full if index < num_steps - 1 else stride.half, grad)
+        velocity = kick(velocity, stride.full if index < num_steps - 1 else stride.half, grad)
     return (u, log_prob, grad), velocity
+
+
+def _times(start: Tensor, factor: Tensor, vector: Tensor) -> Tensor:
+    """``start + factor @ vector``, of many chains."""
+    return start + (factor @ vector[..., None])[..., 0] if factor.ndim > 2 else torch.addmm(start, vector, factor.mT)
+
+
+def _times_transposed(start: Tensor, factor: Tensor, vector: Tensor) -> Tensor:
+    return _times(start, factor.mT, vector)
 
 
 def hamiltonian_step(
@@ -92,14 +106,18 @@ def hamiltonian_step(
     return after, Info(acceptance, diverging, energy, num_steps, end[0], arrival, num_steps * stride.length)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class HMC(Kernel):
     r"""Hamiltonian Monte Carlo with trajectories of a fixed length, one number of steps for all chains.
 
+    As in Pyro, ``num_steps`` says how long a trajectory is: ``step_size * num_steps``, with a step size of 1 when
+    none is given. While the step size adapts, the length stays and the number of steps follows; without
+    ``adapt_step_size`` the number stays as it is.
+
     Args of :class:`Kernel`, and:
-        trajectory_length: step size times number of steps, in units of the target's scale; after ``pi / 2`` the
-            draws of a Gaussian are independent.
-        num_steps: the number of steps instead of ``trajectory_length``.
+        trajectory_length: step size times number of steps, in units of the target's scale; after ``pi / 2``, the
+            default, the draws of a Gaussian are independent. Goes before ``num_steps``.
+        num_steps: the number of steps of the step size given.
         max_steps: at most so many.
 
     Reference:
@@ -107,7 +125,7 @@ class HMC(Kernel):
     """
 
     _: KW_ONLY
-    trajectory_length: float = math.pi / 2
+    trajectory_length: float | None = None
     num_steps: int | None = None
     max_steps: int = 1000
 
@@ -115,7 +133,7 @@ class HMC(Kernel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.trajectory_length > 0:
+        if self.trajectory_length is not None and not self.trajectory_length > 0:
             raise ValueError(f"trajectory_length must be positive, got {self.trajectory_length}")
         for option in ("num_steps", "max_steps"):
             if getattr(self, option) is not None:
@@ -127,7 +145,16 @@ class HMC(Kernel):
         return round(num_steps)
 
     def initial_trajectory_length(self) -> float:
-        return self.trajectory_length
+        if self.trajectory_length is not None:
+            return self.trajectory_length
+        if self.num_steps is not None:
+            return (1.0 if self.given_step_size is None else self.given_step_size) * self.num_steps
+        return math.pi / 2
+
+    @property
+    def fixed_steps(self) -> int | None:
+        """The number of steps, where it does not follow from the length."""
+        return None if self.adapt_step_size or self.trajectory_length is not None else self.num_steps
 
     def bind(self, value_and_grad: ValueAndGrad, generator: torch.Generator) -> Step:
         stride = Stride(self)
@@ -135,13 +162,13 @@ class HMC(Kernel):
         def step(state: State) -> tuple[State, Info]:
             stride.update(state.tuning)
             steps = self.whole_steps(stride.num_steps, state.iteration)
-            num_steps = max(1, min(self.max_steps, steps)) if self.num_steps is None else self.num_steps
+            num_steps = max(1, min(self.max_steps, steps)) if self.fixed_steps is None else self.fixed_steps
             return hamiltonian_step(value_and_grad, state, generator, stride=stride, num_steps=num_steps)
 
         return step
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ChEES(HMC):
     r"""Jittered Hamiltonian Monte Carlo whose trajectory length is learned by many chains together.
 
@@ -164,7 +191,7 @@ class ChEES(HMC):
 
     _: KW_ONLY
     target_accept_prob: float = 0.651
-    trajectory_length: float = 1.0
+    trajectory_length: float | None = 1.0
     adapt_trajectory: bool = True
     learning_rate: float = 0.025
 

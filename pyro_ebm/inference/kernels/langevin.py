@@ -14,7 +14,7 @@ from pyro_ebm.inference.kernels.kernel import Info, Kernel, State, Step, ValueAn
 __all__ = ["MALA", "ULA"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class MALA(Kernel):
     r"""Metropolis-adjusted Langevin: a Langevin step, accepted or not so that the target is exact.
 
@@ -54,7 +54,7 @@ class MALA(Kernel):
         return step
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ULA(MALA):
     r"""Unadjusted Langevin: every step is taken, so the draws follow a distribution near the target, not the target.
 

@@ -32,6 +32,7 @@ from pyro_ebm import (
     tilt,
 )
 from pyro_ebm.chain_statistics import ess_bulk, mcse_mean
+from pyro_ebm.inference.chains import recording
 from pyro_ebm.inference.chains.report import report_chains
 
 # Runs as short as most of these often have an R-hat above 1.05.
@@ -388,14 +389,14 @@ def test_warm_up_is_kept_on_request(method):
 
 
 def interrupt_at(monkeypatch, count):
-    call = module._CountedPotential.__call__
+    call = module.CountedPotential.__call__
 
     def interrupted(self, params):
         if self.count >= count:
             raise KeyboardInterrupt
         return call(self, params)
 
-    monkeypatch.setattr(module._CountedPotential, "__call__", interrupted)
+    monkeypatch.setattr(module.CountedPotential, "__call__", interrupted)
 
 
 def test_interrupting_the_first_chain_keeps_its_draws(method, monkeypatch):
@@ -422,7 +423,9 @@ def test_interrupting_the_second_chain_keeps_the_first(method, monkeypatch):
 def test_time_cuts_the_draws_and_not_the_warm_up(method, monkeypatch):
     """A clock that strikes one with each look: a chain looks once a step, and each has its share of the time."""
     whole = SAMPLERS[method](prior, **{**short, "num_samples": 40}, max_seconds=3600)
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=functools.partial(next, itertools.count())))
+    clock = SimpleNamespace(perf_counter=functools.partial(next, itertools.count()))
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(recording, "time", clock)
     part, least = (SAMPLERS[method](prior, **{**short, "num_samples": 40}, max_seconds=m) for m in (60, 1))
     assert 10 < part.num_draws < 25 and least.num_draws == 4
     assert [d.notes["stopped"] for d in (whole, part, least)] == ["num_samples", "max_seconds", "max_seconds"]

@@ -16,7 +16,6 @@ from pyro_ebm.inference.kernels.adaptation import (
     Adaptation,
     Rescue,
     _chees_gradient,
-    _RunningVariance,
     _windows,
     initial_tuning,
 )
@@ -126,18 +125,6 @@ def test_chees_is_not_stopped_by_a_wall():
 
 
 # Scales
-
-
-def test_running_variance_is_the_variance():
-    parts = [1000 + scale * torch.randn(n, 3, 2).double() for n, scale in ((1, 1.0), (7, 2.0), (64, 0.1), (2, 5.0))]
-    running = _RunningVariance()
-    for part in parts:
-        running.add(part)
-    everything = torch.cat(parts)
-    n = len(everything)
-    shrunk = everything.var(0) * n / (n + 5) + 1e-3 * 5 / (n + 5)
-    torch.testing.assert_close(running.regularized(), shrunk)
-    assert running.count == n
 
 
 @pytest.mark.parametrize("kernel", [HMC, ChEES, MALA])

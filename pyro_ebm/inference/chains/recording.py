@@ -1,0 +1,140 @@
+"""What is put on record of a chain that Pyro runs, step by step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.infer import HMC
+from torch import Tensor
+from tqdm.auto import tqdm
+
+__all__ = ["CountedPotential", "OutOfTimeError", "RecordedChain", "stacked"]
+
+_LEAST_DRAWS = 4  # with fewer there is no R-hat
+_STATS = ("lp", "acceptance_rate", "step_size", "n_steps", "diverging")
+
+
+class OutOfTimeError(Exception):
+    """Ends a chain whose share of the time is spent."""
+
+
+class CountedPotential:
+    """A potential that counts how often it is evaluated; each evaluation is one gradient."""
+
+    def __init__(self, potential: Callable[..., Tensor]) -> None:
+        self.potential = potential
+        self.count = 0
+
+    def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
+        self.count += 1
+        return self.potential(params)
+
+
+@dataclass
+class RecordedChain:
+    """What the hook sees of one chain, step by step.
+
+    Args:
+        potential: what the kernel evaluates; ``None``: that of the kernel, once it is set up.
+        bar: shows the progress.
+        deadline: ``time.perf_counter()`` at which the chain ends.
+        then: a hook of the user's, called after each step.
+    """
+
+    potential: CountedPotential | None
+    bar: tqdm
+    deadline: float = math.inf
+    then: Callable[[Any, Mapping[str, Tensor], str, int], Any] | None = None
+    params: list[dict[str, Tensor]] = field(default_factory=list)
+    stats: list[dict[str, float]] = field(default_factory=list)
+    warmup: int = 0
+    divergences: int = 0
+    started: float = 0.0
+    ended: float = 0.0
+    _mean_accept: float = 0.0
+    _count: int = 0
+    _given: Any = None
+
+    def watch(self, kernel: Any) -> Any:
+        """Leave what the set-up of a kernel costs out of the steps of its first draw."""
+        setup, self._given = kernel.setup, getattr(kernel, "potential_fn", None)
+
+        def counted_setup(*args: Any, **kwargs: Any) -> None:
+            setup(*args, **kwargs)
+            if self.potential is None and isinstance(kernel, HMC):
+                self.potential = kernel.potential_fn = CountedPotential(kernel.potential_fn)
+            self._count = self.count
+
+        kernel.setup = counted_setup
+        return kernel
+
+    def release(self, kernel: Any) -> None:
+        """Undo :meth:`watch`: Pyro takes a potential that a run has left behind for one of the user's."""
+        kernel.__dict__.pop("setup", None)
+        if isinstance(kernel, HMC):
+            kernel.potential_fn = self._given
+
+    @property
+    def count(self) -> int:
+        """Gradients so far."""
+        return 0 if self.potential is None else self.potential.count
+
+    def hook(self, kernel: Any, params: Mapping[str, Tensor], stage: str, index: int) -> None:
+        if stage.startswith("Warmup"):
+            self.warmup += 1
+        elif index == 0:
+            self._mean_accept, self.started = 0.0, time.perf_counter()
+        if isinstance(kernel, HMC):
+            self._record(kernel, index)
+        self.params.append({name: value.detach().clone() for name, value in params.items()})
+        self.ended = time.perf_counter()
+        self.bar.update()
+        if self.then is not None:
+            self.then(kernel, params, stage, index)
+        if self.ended > self.deadline and self.num_draws >= _LEAST_DRAWS:
+            raise OutOfTimeError
+
+    def _record(self, kernel: HMC, index: int) -> None:
+        """The statistics of a step of Pyro's HMC or NUTS."""
+        mean = float(kernel._mean_accept_prob)  # running mean of the phase; Pyro keeps no per-draw value
+        accept = mean + index * (mean - self._mean_accept)
+        self.stats.append(
+            {
+                "lp": -float(kernel._potential_energy_last),
+                "acceptance_rate": min(max(accept, 0.0), 1.0),
+                "step_size": float(kernel.step_size),
+                "n_steps": self.count - self._count,
+                "diverging": float(len(kernel._divergences) > self.divergences),
+            }
+        )
+        self._mean_accept, self._count, self.divergences = mean, self.count, len(kernel._divergences)
+        if index % 20 == 0:
+            self.bar.set_postfix(accept=f"{mean:.2f}", divergences=self.divergences, refresh=False)
+
+    @property
+    def num_draws(self) -> int:
+        return len(self.params) - self.warmup
+
+
+def stacked(
+    chains: Sequence[RecordedChain], transforms: Mapping[str, Any], part: slice
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Constrained values and stats of one phase, each (chain, draw, ...)."""
+    values = {}
+    for name in chains[0].params[0]:
+        value = torch.stack([torch.stack([step[name] for step in chain.params[part]]) for chain in chains])
+        values[name] = transforms[name].inv(value).detach() if name in transforms else value
+    if not chains[0].stats:
+        return values, {}
+    device = next(iter(values.values())).device
+    stats = {
+        name: torch.tensor([[step[name] for step in chain.stats[part]] for chain in chains], device=device)
+        for name in _STATS
+    }
+    stats["diverging"] = stats["diverging"].bool()
+    return values, stats

@@ -1,0 +1,181 @@
+"""Kernels of Pyro's, or of a user's, run by our ``MCMC`` as they are: chains one after another in this process."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ebm.devices import one_thread
+from pyro_ebm.inference.chains.arguments import check_saved
+from pyro_ebm.inference.chains.recording import RecordedChain, stacked
+from pyro_ebm.inference.draws import Draws, Source
+from pyro_ebm.randomness import random_stream
+from pyro_ebm.structure import observed_sites, prototype_trace, untilted
+
+__all__ = ["StockChains"]
+
+Hook = Callable[[Any, Mapping[str, Tensor], str, int], Any]
+
+
+@dataclass
+class StockChains:
+    """Runs a kernel of Pyro's with ``pyro.infer.MCMC``, one chain after another.
+
+    Args:
+        kernel: any ``pyro.infer.mcmc.MCMCKernel``.
+        num_samples: draws per chain.
+        warmup_steps: adaptation steps per chain.
+        num_chains: chains.
+        initial_params: as Pyro takes them; where there is one chain, without a first dimension.
+        hook_fn: called after each step, as in Pyro.
+        transforms: site -> transform to unconstrained space; the kernel's when ``None``.
+        save_params: sites to keep.
+        disable_validation: as in Pyro.
+        seed: of a stream of its own; ``None``: the global one.
+        keep_warmup: keep the warm-up in the draws.
+        progress: show a bar.
+
+    Attributes:
+        diagnostics: what the kernel says of each chain that came to its end.
+        interrupted: whether the user stopped them.
+    """
+
+    kernel: MCMCKernel
+    num_samples: int
+    warmup_steps: int
+    num_chains: int
+    initial_params: Mapping[str, Tensor] | Tensor | None = None
+    hook_fn: Hook | None = None
+    transforms: Mapping[str, Any] | None = None
+    save_params: Sequence[str] | None = None
+    disable_validation: bool | None = True
+    seed: int | None = None
+    keep_warmup: bool = False
+    progress: bool = True
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.initial_params, Tensor):
+            raise ValueError("initial_params must be {name: value} for a kernel of Pyro's, got a tensor")
+        for name, value in (self.initial_params or {}).items():
+            if self.num_chains > 1 and (not value.ndim or len(value) != self.num_chains):
+                raise ValueError(
+                    f"initial_params[{name!r}] must have {self.num_chains} rows, one a chain, got {tuple(value.shape)}"
+                )
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Draws:
+        """Draw; after Ctrl-C what is there."""
+        began = time.perf_counter()
+        name = type(self.kernel).__name__.lower()
+        total = self.num_chains * (self.num_samples + self.warmup_steps)
+        with (
+            random_stream(self.seed),
+            one_thread(),
+            warnings.catch_warnings(),
+            tqdm(total=total, desc=name, disable=not self.progress, mininterval=0.5) as bar,
+        ):
+            # Pyro compiles through torch.jit, whose deprecation its users can do nothing about.
+            warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+            chains = self._chains(bar, args, kwargs)
+        return self._collect(chains, name, time.perf_counter() - began, args, kwargs)
+
+    def _chains(self, bar: tqdm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[RecordedChain]:
+        chains: list[RecordedChain] = []
+        for index in range(self.num_chains):
+            chain = RecordedChain(None, bar, then=self._hook(index))
+            chain.watch(self.kernel)
+            try:
+                mcmc = pyro.infer.MCMC(
+                    self.kernel,
+                    self.num_samples,
+                    self.warmup_steps,
+                    initial_params=self._start(index),
+                    hook_fn=chain.hook,
+                    disable_progbar=True,
+                    disable_validation=self.disable_validation,
+                    transforms=self.transforms,
+                )
+                mcmc.run(*args, **kwargs)
+            except KeyboardInterrupt:
+                self.interrupted = True
+            finally:
+                chain.release(self.kernel)
+            if self.interrupted:
+                return self._usable(chains, chain)
+            self.transforms = mcmc.transforms
+            self.diagnostics.append(mcmc._diagnostics[0])
+            chains.append(chain)
+        return chains
+
+    def _usable(self, finished: list[RecordedChain], last: RecordedChain) -> list[RecordedChain]:
+        if finished:
+            return finished
+        if last.num_draws < 1:
+            raise KeyboardInterrupt("interrupted during the warm-up of the first chain: there are no draws yet")
+        if self.transforms is None:
+            self.transforms = getattr(self.kernel, "transforms", None) or {}
+        return [last]
+
+    def _hook(self, index: int) -> Hook | None:
+        hook = self.hook_fn
+        if hook is None or self.num_chains == 1:
+            return hook
+        return lambda kernel, params, stage, step: hook(kernel, params, f"{stage} [{index}]", step)
+
+    def _start(self, index: int) -> dict[str, Tensor] | None:
+        if not isinstance(self.initial_params, Mapping):
+            return None
+        single = self.num_chains == 1
+        return {name: value.clone() if single else value[index].clone() for name, value in self.initial_params.items()}
+
+    def _collect(
+        self,
+        chains: list[RecordedChain],
+        name: str,
+        seconds: float,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Draws:
+        warm = max(chain.warmup for chain in chains)
+        length = min(chain.num_draws for chain in chains)
+        if not chains[0].params[0]:
+            raise ValueError("the model has no continuous latent sites: nothing for this sampler to move")
+        check_saved(self.save_params, chains[0].params[0])
+        values, stats = self._part(chains, slice(warm, warm + length))
+        warmup = None
+        if self.keep_warmup and warm:
+            early, early_stats = self._part(chains, slice(0, warm))
+            warmup = Draws(early, name, early_stats)
+        model = getattr(self.kernel, "model", None)
+        return Draws(
+            values=values,
+            method=name,
+            stats=stats,
+            warmup=warmup,
+            observed={} if model is None else observed_sites(prototype_trace(untilted(model), args, kwargs)),
+            source=None if model is None else Source(model, args, kwargs),
+            num_gradients=sum(chain.count for chain in chains) or None,
+            seconds=seconds,
+            sampling_seconds=sum(chain.ended - chain.started for chain in chains),
+            notes={
+                "num_samples": self.num_samples,
+                "warmup_steps": self.warmup_steps,
+                "vectorize": "sequential",
+                "interrupted": self.interrupted,
+            },
+        )
+
+    def _part(self, chains: list[RecordedChain], part: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        values, stats = stacked(chains, self.transforms or {}, part)
+        kept = values if self.save_params is None else {name: values[name] for name in self.save_params}
+        return kept, stats
