@@ -55,7 +55,7 @@ _MARGIN, _MOST = 1.25, 4.0
 _DRAWS_PER_STOCK_DRAW = 5
 # Importance sampling weighs this many proposals for each draw a chain makes: they cost next to nothing.
 _PROPOSALS_PER_DRAW = 10
-# Few reference images need more posterior draws each, or the tilt learns the draws by heart.
+# Few reference images need more posterior draws each, or the tilt overfits the draws.
 _POSTERIOR_POINTS = 8_000
 _TILT_BATCH = 128
 
