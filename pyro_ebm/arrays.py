@@ -7,9 +7,9 @@ from typing import Any, Protocol, overload
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Array", "as_tensor", "as_tensors"]
+__all__ = ["Array", "as_tensor", "as_tensors", "holds_arrays"]
 
 
 class _Table(Protocol):
@@ -30,6 +30,11 @@ def as_tensors(values: Any) -> Any:
         TypeError: a table with columns that are no numbers.
     """
     return tree_map(as_tensor, values)
+
+
+def holds_arrays(values: Any) -> bool:
+    """Whether a nest of tuples, lists and dicts holds an array or a table."""
+    return any(isinstance(leaf, np.ndarray | np.generic) or _is_table(leaf) for leaf in tree_leaves(values))
 
 
 @overload
@@ -57,9 +62,13 @@ def as_tensor(value: Any) -> Any:
         return value.item()
     if isinstance(value, np.ndarray):
         return _tensor(value) if value.dtype.kind in _NUMBERS else value
-    if type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "to_numpy"):
+    if _is_table(value):
         return _tensor(_numbers(value))
     return value
+
+
+def _is_table(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "to_numpy")
 
 
 def _tensor(array: np.ndarray) -> Tensor:

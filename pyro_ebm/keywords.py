@@ -13,10 +13,10 @@ from pyro.poutine.messenger import _bound_partial, _context_wrap
 from torch import nn
 from torch.distributions import Distribution
 
-from pyro_ebm.arrays import as_tensors
-from pyro_ebm.structure import untilted
+from pyro_ebm.arrays import as_tensors, holds_arrays
+from pyro_ebm.structure import prototype_trace, untilted
 
-__all__ = ["ModelArguments", "model_arguments", "passes_keywords", "sorted_keywords"]
+__all__ = ["ModelArguments", "model_arguments", "model_inputs", "passes_keywords", "sorted_keywords"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -143,12 +143,39 @@ def sorted_keywords(
     twice = sorted(set(theirs) & set(model_kwargs or {}))
     if twice:
         raise TypeError(f"{twice} given twice: by keyword and in model_kwargs; leave one out")
-    return own, as_tensors({**theirs, **(model_kwargs or {})})
+    return own, {**theirs, **(model_kwargs or {})}
 
 
 def _may_be_meant(name: str, has: ModelArguments, options: frozenset[str]) -> bool:
     """Whether a model that takes every keyword is meant: a misspelt option must not vanish in it."""
     return has.takes_any and not difflib.get_close_matches(name, options, 1, cutoff=0.85)
+
+
+def model_inputs(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a model with arrays and tables as tensors, or as they are where only so the model runs.
+
+    A model written for tensors gets tensors; one that makes them itself (``torch.from_numpy(x)``, ``table["y"]``) gets
+    what was given. Without arrays among the arguments the model is not run.
+
+    Raises:
+        Exception: what the model raises on tensors, where it runs on neither.
+    """
+    if not callable(model) or not holds_arrays((args, dict(kwargs))):
+        return args, dict(kwargs)
+    try:
+        converted = as_tensors((args, dict(kwargs)))
+        prototype_trace(untilted(model), *converted)
+    except Exception:
+        try:
+            prototype_trace(untilted(model), args, kwargs)
+        except Exception:
+            pass
+        else:
+            return args, dict(kwargs)
+        raise
+    return converted
 
 
 def passes_keywords(
@@ -182,7 +209,8 @@ def passes_keywords(
             name, known, related = (f"{function.__name__}()", own, own) if options is None else options(given)
             known -= {"model_kwargs"}
             mine, theirs = sorted_keywords(name, args[at], len(after), known, given, model_kwargs, related)
-            return function(*before, *as_tensors(after), **mine, model_kwargs=theirs)  # type: ignore[arg-type]
+            after, theirs = model_inputs(args[at], after, theirs)
+            return function(*before, *after, **mine, model_kwargs=theirs)  # type: ignore[arg-type]
 
         return call
 

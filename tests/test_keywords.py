@@ -167,6 +167,23 @@ def test_arrays_and_tables_do_as_tensors(call):
     assert torch.equal(call(model, table["x"], y=table["y"]), expected)
 
 
+def reads_tables(table, scale=1.0):
+    """A model that makes its tensors itself, as many do."""
+    return model(torch.from_numpy(table["x"].to_numpy(copy=True)).float(), torch.tensor(table["y"].to_numpy(copy=True)).float(), scale=scale)
+
+
+def test_a_model_that_takes_tables_gets_tables(call):
+    table = pd.DataFrame({"x": np.ones(3), "y": Y.double().numpy(), "word": ["a", "b", "c"]})
+    expected = call(model, torch.ones(3), Y)
+    for given in (table, table[["x", "y"]]):
+        assert torch.equal(call(reads_tables, given), expected)
+
+
+def test_an_error_on_tensors_is_told_where_arrays_do_not_serve_either(call):
+    with pytest.raises(Exception, match="(?i)size|shape|broadcast"):
+        call(model, np.ones((3, 2)), y=Y)
+
+
 def test_a_misspelt_keyword_names_what_there_is(call):
     expected = r"has no option \['scael'\]; it takes \[.*\], and the model has .*'scale'.*; is 'scale' meant\?"
     with pytest.raises(TypeError, match=expected):

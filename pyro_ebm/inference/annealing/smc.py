@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from pyro_ebm.arrays import as_tensors
 from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import report
 from pyro_ebm.estimates import Estimate, importance_estimate
@@ -20,6 +19,7 @@ from pyro_ebm.inference.chains.report import worst_r_hat
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.kernels.kernel import Kernel
 from pyro_ebm.inference.kernels.langevin import ULA
+from pyro_ebm.keywords import model_inputs
 from pyro_ebm.randomness import one_source, random_seed, streams
 from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT
 
@@ -117,7 +117,8 @@ class SMC:
         """
         began = time.perf_counter()
         how = self.annealing
-        path = path_to(self.kernel, as_tensors(args), as_tensors(kwargs), guide=how.guide, base=how.base)
+        args, kwargs = model_inputs(self.kernel.model, args, kwargs)
+        path = path_to(self.kernel, args, kwargs, guide=how.guide, base=how.base)
         seed = random_seed(self.seed, how.generator)
         base_seed, generator = streams(seed, how.generator, path.target.like.device)
         with path.quiet(), tqdm(desc="smc", disable=not self.progress, unit=" temperatures") as bar:

@@ -13,7 +13,6 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ebm.arrays import as_tensors
 from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.chains.arguments import (
     check_kernel,
@@ -33,6 +32,7 @@ from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.density.potential import potential_density
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.kernel import Kernel
+from pyro_ebm.keywords import model_inputs
 from pyro_ebm.randomness import one_source, random_seed
 from pyro_ebm.structure import DoesNotBroadcast
 
@@ -168,7 +168,7 @@ class MCMC:
         Warns:
             InferenceWarning: when the draws cannot be trusted.
         """
-        args, kwargs = as_tensors(args), as_tensors(kwargs)
+        args, kwargs = model_inputs(self.kernel.model, args, kwargs)
         if isinstance(self.kernel, MCMCKernel):
             return self._run_stock(args, kwargs)
         return self.run_with(self._fixed_number, args, kwargs)
