@@ -169,7 +169,8 @@ def test_arrays_and_tables_do_as_tensors(call):
 
 def reads_tables(table, scale=1.0):
     """A model that makes its tensors itself, as many do."""
-    return model(torch.from_numpy(table["x"].to_numpy(copy=True)).float(), torch.tensor(table["y"].to_numpy(copy=True)).float(), scale=scale)
+    x, y = (torch.from_numpy(table[name].to_numpy(copy=True)).float() for name in ("x", "y"))
+    model(x, y, scale=scale)
 
 
 def test_a_model_that_takes_tables_gets_tables(call):
