@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 import pyro_ebm
-from pyro_ebm import HMC, MCMC, SMC, VAE, ChEES, LinearEnergy, LogDensity, TiltedDistribution, tilt
+from pyro_ebm import HMC, MCMC, SMC, VAE, Annealing, ChEES, LinearEnergy, LogDensity, TiltedDistribution, tilt
 from pyro_ebm.arviz_statistics import psis
 from pyro_ebm.devices import synchronize
 from pyro_ebm.diagnostics.ranks import uniform_band
@@ -82,9 +82,11 @@ CASES = {
     "get_samples": lambda w: w.mcmc.get_samples(5),
     "MCMC": lambda w: MCMC(HMC(w.model), 5, 5, num_chains=4, **SHORT).run(w.x, w.y),
     "ChEES": lambda w: MCMC(ChEES(w.density), 5, 30, num_chains=4, initial_params=w.normal.sample((4,)), **SHORT).run(),
-    "SMC": lambda w: SMC(w.density, base=w.normal, num_particles=8, num_islands=2, **SHORT).run(),
+    "SMC": lambda w: SMC(
+        w.density, particles_per_island=8, num_islands=2, annealing=Annealing(base=w.normal), **SHORT
+    ).run(),
     "annealed_importance": lambda w: pyro_ebm.annealed_importance(
-        w.density, base=w.normal, num_chains=8, num_groups=2, num_temperatures=2, **SHORT
+        w.density, annealing=Annealing(base=w.normal), chains_per_group=4, num_groups=2, num_temperatures=2, **SHORT
     ),
     "importance": lambda w: quick(w.model, w.x, w.y, seed=0),
     "predictive": lambda w: pyro_ebm.predictive(w.model, w.x, w.y, num_samples=10, seed=0),

@@ -98,7 +98,9 @@ class _SummedOut(BatchedModel):
         trace.compute_log_prob()
         trace.pack_tensors()
         letter = trace.plate_to_symbol
-        sites = {name: site for name, site in sample_sites(trace).items() if not (self.prior and site["is_observed"])}
+        # Conditioned on its value here, a latent site counts as observed too.
+        hidden = {name for name, site in sample_sites(trace).items() if site["is_observed"]} - set(row)
+        sites = {name: site for name, site in sample_sites(trace).items() if not self.prior or name not in hidden}
         packed = {name: site["packed"]["log_prob"] for name, site in sites.items()}
         self._structure = _Structure(
             {

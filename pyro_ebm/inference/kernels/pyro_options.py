@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ class Blocks:
         return mask
 
     def _index(self, names: Sequence[str], like: Tensor) -> Tensor:
-        ends = torch.tensor(list(self.layout.values()), dtype=torch.long).cumsum(0).tolist()
+        ends = list(itertools.accumulate(self.layout.values()))
         where = {name: (end - size, end) for (name, size), end in zip(self.layout.items(), ends, strict=True)}
         return torch.cat([torch.arange(*where[name], device=like.device) for name in names])
 
