@@ -68,7 +68,8 @@ class Draws:
     points are islands: nearly independent of each other, while the points of one island need not be.
 
     Args:
-        values: site name -> tensor of shape (chain, draw, *site_shape), on the constrained scale.
+        values: site name -> tensor of shape (chain, draw, *site_shape), on the constrained scale; empty for a
+            model without latent sites, whose ``stats`` then say how many draws there are.
         method: how they were made: ``"snis"``, ``"nuts"``, ``"hmc"``, ``"quadrature"``, ...
         stats: statistic -> tensor (chain, draw), or (chain, draw, *data) for data that are sampled each
             on its own; names as in ArviZ: ``lp``, ``diverging``, ``acceptance_rate``, ``energy``,
@@ -107,9 +108,9 @@ class Draws:
     source: Source | None = None
 
     def __post_init__(self) -> None:
-        if not self.values:
-            raise ValueError("values is empty: a Draws needs at least one site")
-        leading = {name: tuple(value.shape[:2]) for name, value in self.values.items()}
+        if not self.values and not self.stats:
+            raise ValueError("values is empty: a Draws needs at least one site, or stats that say how many draws")
+        leading = {name: tuple(value.shape[:2]) for name, value in (self.values or self.stats).items()}
         first = next(iter(leading.values()))
         if len(first) != 2 or any(shape != first for shape in leading.values()):
             raise ValueError(f"values must all begin with the same (chain, draw) shape, got {leading}")
@@ -130,23 +131,28 @@ class Draws:
 
     @property
     def num_chains(self) -> int:
-        return next(iter(self.values.values())).shape[0]
+        return self._any.shape[0]
 
     @property
     def num_draws(self) -> int:
         """Draws per chain."""
-        return next(iter(self.values.values())).shape[1]
+        return self._any.shape[1]
+
+    @property
+    def _any(self) -> Tensor:
+        """One of the tensors that begin with (chain, draw)."""
+        return next(iter((self.values or self.stats).values()))
 
     @property
     def weights(self) -> Tensor:
         """Normalized weights, shape (chain * draw,); uniform for draws of a chain."""
-        return self._weights().to(_floating_dtype(next(iter(self.values.values()))))
+        return self._weights().to(_floating_dtype(self._any))
 
     def _weights(self) -> Tensor:
         """In double precision, so that they sum to one however many there are."""
         if self.log_weights is None:
             total = self.num_chains * self.num_draws
-            device = next(iter(self.values.values())).device
+            device = self._any.device
             return torch.full((total,), 1.0 / total, dtype=torch.float64, device=device)
         return self.log_weights.flatten().double().softmax(0)
 

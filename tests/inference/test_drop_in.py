@@ -253,6 +253,28 @@ def test_the_length_stays_while_the_step_size_adapts():
     assert draws.stats["n_steps"].eq(7).all() and draws.notes["step_size"] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("num_chains", [1, 2])
+@pytest.mark.parametrize("kernel", [HMC, NUTS, infer.HMC])
+def test_a_model_without_sites_runs(kernel, num_chains, capsys):
+    """As in Pyro: nothing moves, the hook is called, there are no samples."""
+    start, potential, transforms, _ = initialize_model(lambda: torch.tensor(1), num_chains=num_chains)
+    seen = []
+
+    def hook(kernel, params, stage, index):
+        assert params == {}
+        seen.append((stage, index))
+
+    made = kernel(potential_fn=potential, transforms=transforms)
+    mcmc = run(made, num_samples=4, warmup_steps=2, initial_params=start, num_chains=num_chains, hook_fn=hook)
+    assert mcmc.get_samples() == mcmc.get_samples(2) == {}
+    assert (mcmc.draws.num_chains, mcmc.draws.num_draws) == (num_chains, 4)
+    steps = [("Warmup", 0), ("Warmup", 1), *(("Sample", index) for index in range(4))]
+    assert seen == steps or (num_chains, len(seen)) == (2, 12)
+    mcmc.summary()
+    assert f"= {4 * num_chains} draws by" in capsys.readouterr().out
+    assert repr(mcmc.draws).endswith("draws, {})") and mcmc.draws._repr_html_()
+
+
 # Pyro's own kernels, as they are
 
 

@@ -25,6 +25,7 @@ from pyro_ebm.inference.chains.arguments import (
 )
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.report import report_chains
+from pyro_ebm.inference.chains.siteless import run_without_sites
 from pyro_ebm.inference.chains.starts import chain_starts, given_starts
 from pyro_ebm.inference.chains.stock import Hook, StockChains
 from pyro_ebm.inference.chains.tables import diagnostics_of, headline, table
@@ -206,6 +207,8 @@ class MCMC:
             raise TypeError(f"{type(self.kernel).__name__} of Pyro's cannot be extended: give num_samples=")
         began = time.perf_counter()
         self._draws = None
+        if self.kernel.potential_fn is not None and not self.initial_params:
+            return self._run_without_sites(self.kernel)
         density = self._density(self.kernel, args, kwargs)
         check_saved(self.save_params, density.constrain(density.like.new_zeros(1, *density.batch, density.dim)))
         if self._asked_chains is None:
@@ -243,6 +246,18 @@ class MCMC:
             strict=self.strict,
             interrupted=chains.interrupted,
             max_divergences=_SHARE_OF_DIVERGENCES,
+        )
+        return self._draws
+
+    def _run_without_sites(self, kernel: Kernel) -> Draws:
+        self.num_chains, self.transforms = self._asked_chains or 1, {}
+        self._draws = run_without_sites(
+            kernel.target,
+            lambda stage, index: None if self.hook_fn is None else self.hook_fn(kernel, {}, stage, index),
+            method=kernel.name,
+            num_chains=self.num_chains,
+            num_samples=self.num_samples,
+            warmup_steps=self.warmup_steps,
         )
         return self._draws
 

@@ -131,7 +131,7 @@ def stacked(
         values[name] = transforms[name].inv(value).detach() if name in transforms else value
     if not chains[0].stats:
         return values, {}
-    device = next(iter(values.values())).device
+    device = next(iter(values.values())).device if values else None
     stats = {
         name: torch.tensor([[step[name] for step in chain.stats[part]] for chain in chains], device=device)
         for name in _STATS

@@ -44,7 +44,7 @@ def report_chains(draws: Draws, *, strict: bool, interrupted: bool, max_divergen
     if broken:
         problems.append(f"draws of {broken} are not finite: the density is improper (an energy unbounded below?)")
     elif draws.num_chains > 1 and draws.num_draws >= 4:
-        worst = max(worst_r_hat(value) for value in draws.values.values())
+        worst = max((worst_r_hat(value) for value in draws.values.values()), default=0.0)
         if worst > R_HAT_OF_DISAGREEMENT:
             problems.append(
                 f"chains disagree (R-hat {worst:.2f} > {R_HAT_OF_DISAGREEMENT}): run longer, start them from a good "

@@ -148,8 +148,6 @@ class StockChains:
     ) -> Draws:
         warm = max(chain.warmup for chain in chains)
         length = min(chain.num_draws for chain in chains)
-        if not chains[0].params[0]:
-            raise ValueError("the model has no continuous latent sites: nothing for this sampler to move")
         check_saved(self.save_params, chains[0].params[0])
         values, stats = self._part(chains, slice(warm, warm + length))
         warmup = None
