@@ -16,6 +16,7 @@ from pyro.nn import PyroModule, PyroSample
 
 from pyro_ebm import HMC, MCMC, InferenceWarning
 from pyro_ebm import ChEES as NUTS
+from pyro_ebm.inference.density.capture import captured
 from pyro_ebm.structure import DoesNotBroadcast
 
 OURS = pytest.mark.parametrize("kernel", [HMC, NUTS])
@@ -443,6 +444,22 @@ def test_one_chain_by_hand(kernel):
             made.clear_cache()
     assert torch.stack(draws).mean().item() == pytest.approx(5.0, abs=0.5)
     assert made.step_size > 0
+
+
+@pytest.mark.parametrize("made", [torch.linalg.cholesky, torch.inverse])
+def test_a_singular_matrix_is_not_accepted(made):
+    """As in Pyro: what torch cannot factorize has no density, and the other chains go on."""
+    hmc = HMC(potential_fn=lambda z: made(z["cov"]).sum(), adapt_step_size=False, num_steps=2, step_size=1e-3)
+    hmc.initial_params = {"cov": torch.eye(3)}
+    hmc.setup(warmup_steps=0)
+    moved = hmc.sample(hmc.initial_params)
+    assert not torch.equal(moved["cov"], torch.eye(3))
+    assert torch.equal(hmc.sample({"cov": torch.ones(3, 3)})["cov"], torch.ones(3, 3))
+    function = captured(lambda u: (made(u.reshape(-1, 2, 2)).sum((1, 2)), u), torch.eye(2).expand(3, 2, 2).flatten(1))
+    good = torch.eye(2).expand(3, 2, 2).flatten(1)
+    bad = torch.where(torch.tensor([False, True, False])[:, None], torch.ones(4), good)
+    assert function(good)[0].tolist() == [2.0, 2.0, 2.0]
+    assert function(bad)[0].isnan().tolist() == function(bad)[1].isnan().any(1).tolist() == [False, True, False]
 
 
 def test_a_single_chain_starts_where_the_strategy_says():

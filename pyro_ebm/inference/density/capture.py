@@ -20,19 +20,39 @@ _FILLS = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_
 
 
 class Captured:
-    """A function ready to be called many times with points of one shape.
+    """A function ready to be called many times with points of one shape, (chains, ...).
+
+    Where a matrix of one chain is singular, torch ends the whole call: then chains are taken one by one, and the
+    results of those that fail are NaN, which no sampler accepts.
 
     Attributes:
         kind: ``"captured"``, ``"compiled"``, or ``"eager"`` where the function could not be captured.
         problem: why it could not.
     """
 
-    def __init__(self, function: _Function, kind: str, problem: str | None = None) -> None:
-        self._function, self.kind, self.problem = function, kind, problem
+    def __init__(self, function: _Function, kind: str, eager: _Function, problem: str | None = None) -> None:
+        self._function, self.kind, self._eager, self.problem = function, kind, eager, problem
+        self._shapes: list[torch.Size] = []  # of one chain's results, once there are some
 
     def __call__(self, u: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():  # weights in the graph may ask for gradients
-            return self._function(u)
+            try:
+                results = self._function(u)
+            except torch.linalg.LinAlgError:
+                if not self._shapes:
+                    raise
+                return self._one_by_one(u)
+            self._shapes = self._shapes or [result.shape[1:] for result in results]
+            return results
+
+    def _one_by_one(self, u: Tensor) -> tuple[Tensor, ...]:
+        rows = []
+        for row in u.split(1):
+            try:
+                rows.append(list(self._eager(row)))
+            except torch.linalg.LinAlgError:
+                rows.append([u.new_full((1, *shape), torch.nan) for shape in self._shapes])
+        return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
 
 @torch.no_grad()
@@ -56,9 +76,9 @@ def captured(function: _Function, u: Tensor, *, compile: bool = False) -> Captur
     except Exception as error:  # torch raises all kinds where operations depend on values
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if problem:
-        return Captured(function, "eager", problem)
+        return Captured(function, "eager", function, problem)
     if not compile:
-        return Captured(graph, "captured")
+        return Captured(graph, "captured", function)
     try:
         compiled = torch.compile(graph, dynamic=False)
         compiled(u)
@@ -67,7 +87,7 @@ def captured(function: _Function, u: Tensor, *, compile: bool = False) -> Captur
             f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]}); if that is for want of a "
             f"C++ compiler, put one on the path, or leave compile=False, which captures the graph without one"
         ) from error
-    return Captured(compiled, "compiled")
+    return Captured(compiled, "compiled", function)
 
 
 def _difference(graph: _Function, function: _Function, u: Tensor) -> str | None:
