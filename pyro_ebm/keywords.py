@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+import pyro
 from pyro.poutine.messenger import _bound_partial, _context_wrap
 from torch import nn
 from torch.distributions import Distribution
@@ -154,28 +155,28 @@ def _may_be_meant(name: str, has: ModelArguments, options: frozenset[str]) -> bo
 def model_inputs(
     model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a model with arrays and tables as tensors, or as they are where only so the model runs.
+    """The arguments of a model, with arrays and tables as tensors where the model does not run on them as they are.
 
-    A model written for tensors gets tensors; one that makes them itself (``torch.from_numpy(x)``, ``table["y"]``) gets
-    what was given. Without arrays among the arguments the model is not run.
+    A model that makes its tensors itself (``torch.from_numpy(x)``, ``table["y"]``) gets what was given, as it does from
+    Pyro: numbers in double precision, and numpy's ``x.std()``, are others than those of a tensor. Without arrays among
+    the arguments the model is not run.
 
     Raises:
-        Exception: what the model raises on tensors, where it runs on neither.
+        TypeError: a table with columns that are no numbers, on which the model does not run.
     """
-    if not callable(model) or not holds_arrays((args, dict(kwargs))):
+    if not callable(model) or not holds_arrays((args, dict(kwargs))) or _runs(model, args, kwargs):
         return args, dict(kwargs)
+    return as_tensors((args, dict(kwargs)))
+
+
+def _runs(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model runs and has a density: an array observed as it is has none."""
     try:
-        converted = as_tensors((args, dict(kwargs)))
-        prototype_trace(untilted(model), *converted)
-    except Exception:
-        try:
-            prototype_trace(untilted(model), args, kwargs)
-        except Exception:
-            pass
-        else:
-            return args, dict(kwargs)
-        raise
-    return converted
+        with pyro.validation_enabled(True):
+            prototype_trace(untilted(model), args, kwargs).compute_log_prob()
+    except Exception:  # whatever the model's own code raises
+        return False
+    return True
 
 
 def passes_keywords(

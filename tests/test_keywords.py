@@ -180,6 +180,18 @@ def test_a_model_that_takes_tables_gets_tables(call):
         assert torch.equal(call(reads_tables, given), expected)
 
 
+def reads_arrays(x, y, scale=1.0):
+    """Numpy's standard deviation divides by n, and time stamps need double precision."""
+    moved = torch.as_tensor(x - x[0] + 1.0).float()
+    model(moved, torch.as_tensor(y / y.std()).float(), scale=scale)
+
+
+def test_a_model_that_computes_with_arrays_gets_arrays(call):
+    x, y = 1.7e9 + np.arange(3.0), Y.double().numpy()
+    expected = call(model, torch.arange(1.0, 4.0), torch.as_tensor(y / y.std()).float())
+    assert torch.equal(call(reads_arrays, x, y), expected)
+
+
 def test_an_error_on_tensors_is_told_where_arrays_do_not_serve_either(call):
     with pytest.raises(Exception, match="(?i)size|shape|broadcast"):
         call(model, np.ones((3, 2)), y=Y)

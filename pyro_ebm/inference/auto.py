@@ -24,6 +24,7 @@ from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.hmc import ChEES
 from pyro_ebm.inference.until import Target, importance_until, judged, reported, run_until
 from pyro_ebm.randomness import fingerprint, random_seed
+from pyro_ebm.structure import check_no_subsampling, prototype_trace, untilted
 
 __all__ = ["auto"]
 
@@ -59,6 +60,7 @@ def auto(
     one that neither an outer plate nor vmap serves, goes to Pyro's NUTS. Importance sampling may take a quarter of the
     time allowed, SMC about half of what is left; the warm-up of chains is not cut short, and NUTS not at all.
     """
+    check_no_subsampling(prototype_trace(untilted(model), args, kwargs))
     steps: list[str] = []
     seed = random_seed(seed, None)
     if independent is None:

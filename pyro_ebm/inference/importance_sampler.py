@@ -18,6 +18,7 @@ from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
     Layout,
+    check_no_subsampling,
     is_observed,
     keep_dims,
     latent_sites,
@@ -69,6 +70,8 @@ class ImportanceSampler:
         self.args, self.kwargs, self.of_prior, self.per_datum = args, kwargs, guide is None, per_datum
         # The tilt changes no shapes: without it, a bad energy is seen in the weights and not here.
         trace = prototype_trace(base, args, kwargs)
+        if not per_datum:
+            check_no_subsampling(trace)
         self.layout, self.observed = Layout.of(trace), observed_sites(trace)
         self.sites = list(latent_sites(trace))
         if not self.sites:

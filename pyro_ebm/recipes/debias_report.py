@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_ebm.recipes.provenance import provenance
 from pyro_ebm.recipes.report import Cell, Figure, Headline, Report, Row, Section, Table, number
+from pyro_ebm.thresholds import MAX_R_HAT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +49,7 @@ _MEANING = {
     "stopped": "what ended the draws: their number, or the budget of time",
     "ess_bulk": "effective sample size of means, the smallest over all components; 400 is enough to judge by",
     "ess_tail": "effective sample size of the 5 % and 95 % quantiles, the smallest over all components",
-    "r_hat": "disagreement between chains, the largest over all components; below 1.01 they agree",
+    "r_hat": f"disagreement between chains, the largest over all components; below {MAX_R_HAT} they agree",
     "mcse_per_sd": "standard error of the mean, in posterior standard deviations, the largest",
     "pareto_k": "tail of the importance weights; above 0.7 (less for few draws) do not trust them",
     "divergences": "steps at which the integrator failed; should be 0",
@@ -180,7 +181,7 @@ def _headlines(result: DebiasResult) -> Iterator[Headline]:
     yield Headline(f"{number(log_z['value'])} ± {log_z['se']:.1g}", "log Z of the tilt and its standard error")
     weights = summary["importance"]
     if weights["pareto_k"] is not None:
-        trust = f"Pareto k {number(weights['pareto_k'])}, trust below 0.7"
+        trust = f"Pareto k {number(weights['pareto_k'])}, trust below {number(weights['pareto_k_limit'])}"
         yield Headline(f"{100 * weights['ess_fraction']:.0f} %", f"of the importance draws are effective ({trust})")
 
 

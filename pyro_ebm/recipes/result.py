@@ -16,6 +16,7 @@ from pyro_ebm.inference.importance import LogLikelihood
 from pyro_ebm.models.vae import VAE
 from pyro_ebm.recipes.debias_config import QUICK, DebiasConfig
 from pyro_ebm.recipes.steps import MAX_CHANCE, prior_model
+from pyro_ebm.thresholds import pareto_k_limit
 from pyro_ebm.tilts.tilt import TiltedModel, tilt
 from pyro_ebm.training.fit import FitResult
 
@@ -148,6 +149,7 @@ def summarized(
         "importance": {
             "ess_fraction": weighted.notes["ess"] / weighted.num_draws,
             "pareto_k": weighted.pareto_k,
+            "pareto_k_limit": pareto_k_limit(weighted.num_chains * weighted.num_draws),
         },
         "mcmc": {row["method"]: {c: float(row[c]) for c in columns} for _, row in chains.iterrows()},
         "stopped": {

@@ -3,6 +3,7 @@
 from pyro_ebm.structure.batched import Batch, BatchedModel, Layout, batched_run, nothing
 from pyro_ebm.structure.dependencies import ModelStructure, model_structure
 from pyro_ebm.structure.sites import (
+    check_no_subsampling,
     event_dim_of,
     is_deterministic,
     is_factor,
@@ -36,6 +37,7 @@ __all__ = [
     "TiltedCall",
     "batched_run",
     "candidate_ways",
+    "check_no_subsampling",
     "event_dim_of",
     "is_deterministic",
     "is_factor",

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
+from pyro_ebm.structure.agreement import Batch, difference, differing
 from pyro_ebm.structure.sites import (
     event_dim_of,
     is_deterministic,
@@ -33,6 +34,7 @@ from pyro_ebm.structure.ways import WAYS, DoesNotBroadcast, Failure, candidate_w
 
 __all__ = ["Batch", "BatchedModel", "Layout", "batched_run", "nothing"]
 
+_MOST_STACKED = 12  # scalar sites that somebody puts together by hand
 _OUTER_PLATES = 8  # as many may lie around a model that is run in a plate of its own
 
 Site = Mapping[str, Any]
@@ -72,26 +74,6 @@ class Layout:
 
 def nothing(name: str, site: Site) -> None:
     """For runs of which only the values are wanted: measures no site."""
-
-
-class Batch(NamedTuple):
-    """Many runs of a model.
-
-    Args:
-        values: site -> (num, *site_shape), for the sites asked for.
-        measured: site -> (num, *kept), what was measured at each site: by default its log probability.
-        way: ``"plate"``, ``"vmap"`` or ``"loop"``.
-    """
-
-    values: dict[str, Tensor]
-    measured: dict[str, Tensor]
-    way: str
-
-    @property
-    def total(self) -> Tensor:
-        """Sum over the sites of what was measured, (num, *kept)."""
-        first, *others = self.measured.values()
-        return sum(others, start=first)
 
 
 def batched_run(
@@ -230,9 +212,14 @@ class BatchedModel:
                     return None
                 every = given | {name: together.values[name] for name in drawn}
                 alone = self._run("loop", every, num, returned)
+                failure = difference(way, together, alone)
+                if failure is None:
+                    return None
+                again = self._run("loop", every, num, returned)
             except Exception as error:  # whatever the model's own code raises where shapes are not as it expects
                 return Failure(way, None, _told(error))
-        return _difference(way, together, alone)
+        # A model may draw numbers of its own: what differs from run to run anyway tells nothing.
+        return difference(way, together, alone, but=differing(alone, again))
 
     def _run(
         self, way: str, values: Mapping[str, Tensor], num: int, returned: Sequence[str], measure: Measure | None = None
@@ -343,30 +330,11 @@ def _drawing(single: Callable[[dict[str, Tensor]], Any]) -> Callable[[dict[str, 
     return draw
 
 
-def _difference(way: str, together: Batch, alone: Batch) -> Failure | None:
-    for what, ours, theirs in (
-        ("log probabilities", together.measured, alone.measured),
-        ("values", together.values, alone.values),
-    ):
-        for name in dict.fromkeys((*theirs, *ours)):
-            if name not in ours or name not in theirs or not _agree(ours[name], theirs[name]):
-                reason = f"site {name!r} gives other {what} for several runs at once than for each alone"
-                return Failure(way, name, reason)
-    return None
-
-
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    if ours.shape != theirs.shape:
-        ours, theirs = torch.broadcast_tensors(ours, theirs)
-    if not ours.is_floating_point():
-        return torch.equal(ours, theirs)
-    return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True)
-
-
 def _number_of_test_runs(layout: Layout) -> int:
-    """A number that no site has as a size, so that shapes that fit by accident are found out."""
+    """A number that neither a site has as a size nor a stack of sites, so that no shapes fit by accident."""
     sizes = {size for shape in layout.shapes.values() for size in shape}
-    return next(number for number in range(2, len(sizes) + 3) if number not in sizes)
+    least = min(len(layout.latent), _MOST_STACKED) + 1
+    return next(number for number in range(max(least, 2), max(least, 2) + len(sizes) + 1) if number not in sizes)
 
 
 def _told(error: Exception) -> str:

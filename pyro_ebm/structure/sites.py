@@ -20,6 +20,7 @@ from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
 
 __all__ = [
+    "check_no_subsampling",
     "event_dim_of",
     "is_bookkeeping",
     "is_deterministic",
@@ -191,3 +192,18 @@ def keep_dims(values: torch.Tensor, keep: tuple[int, ...]) -> torch.Tensor:
     values = values.reshape([1] * max(-min(keep) - values.ndim, 0) + list(values.shape))
     dims = [d for d in range(-values.ndim, 0) if d not in keep]
     return values.sum(dims) if dims else values
+
+
+def check_no_subsampling(trace: poutine.Trace) -> None:
+    """A posterior needs all data: a plate that sees part of them has another density in each run.
+
+    Raises:
+        ValueError: naming the plate.
+    """
+    for site in trace.nodes.values():
+        for frame in site.get("cond_indep_stack", ()):
+            if frame.full_size is not None and int(frame.full_size) != int(frame.size):
+                raise ValueError(
+                    f"plate {frame.name!r} is subsampled ({frame.size} of {frame.full_size}): the density would "
+                    f"change from call to call; run the model on all its data"
+                )

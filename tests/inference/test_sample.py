@@ -263,3 +263,16 @@ def test_smc_takes_the_options_of_its_way_by_name(option):
 def test_smc_refuses_others(name):
     with pytest.raises(TypeError, match=name):
         sample(TILTED, method="smc", num_samples=8, num_chains=2, seed=0, progress=False, **{name: 1})
+
+
+@pytest.mark.parametrize("method", ["auto", "snis", "chees", "hmc", "mala", "smc", "nuts"])
+def test_a_subsampled_plate_has_no_posterior(method):
+    """One minibatch's posterior would come out, another one in each run."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample_size=2) as index:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+    with pytest.raises(ValueError, match=r"plate 'data' is subsampled \(2 of 10\).*run the model on all its data"):
+        sample(model, torch.zeros(10), method=method, seed=0, progress=False)

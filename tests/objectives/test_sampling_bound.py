@@ -170,6 +170,7 @@ def test_laws_that_differ_get_proposals_of_their_own():
 # --------------------------------------------------------------------------------- several samples per datum
 
 
+@functools.cache
 def exact_log_likelihood_of_two(x, a):
     z, step = grid()
     prior = dist.Normal(0.0, 1.0).log_prob(z)
@@ -179,12 +180,11 @@ def exact_log_likelihood_of_two(x, a):
     return (law * dist.Normal(z, NOISE).log_prob(torch.tensor(x, dtype=torch.float64)).exp()).sum().mul(step).log()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_likelihood_of_two_proposals_is_exact(seed):
+def test_the_likelihood_of_two_proposals_is_exact():
     net = Gaussian()
     x = [-1.0, 0.5, 3.0]
     found = snis_log_likelihood(
-        tilted(net)[0], net.guide, torch.tensor(x)[:, None], num_samples=8000, num_proposals=2, seed=seed
+        tilted(net)[0], net.guide, torch.tensor(x)[:, None], num_samples=8000, num_proposals=2, seed=0
     )
     expected = torch.stack([exact_log_likelihood_of_two(v, A) for v in x])
     assert (found.se < 0.1).all() and (found.ess > 500).all()

@@ -85,7 +85,7 @@ def test_the_summary_has_every_number(job):
     for name in ("tv", "class_proportions", "tv_interval", "fairness_discrepancy", "tv_chance", "tv_without_chance"):
         assert summary[name].keys() == sources, name
     assert summary["log_z"].keys() == {"value", "se"}
-    assert summary["importance"].keys() == {"ess_fraction", "pareto_k"}
+    assert summary["importance"].keys() == {"ess_fraction", "pareto_k", "pareto_k_limit"}
     assert summary["mcmc"].keys() == {"chees", "nuts", "hmc"}
     for row in summary["mcmc"].values():
         assert row.keys() == {"r_hat", "ess_bulk", "divergences", "seconds"} and None not in row.values()

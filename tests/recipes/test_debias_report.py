@@ -34,7 +34,7 @@ def result(**changes: Any) -> Any:
         "classifier": SimpleNamespace(accuracy=0.992),
         "summary": {
             "tv": {"prior": 0.1881, "snis": 0.0361, "nuts": 0.054}, "log_z": {"value": -0.513, "se": 0.005},
-            "importance": {"ess_fraction": 0.52, "pareto_k": 0.2}, "seconds": {"total": 61.7},
+            "importance": {"ess_fraction": 0.52, "pareto_k": 0.2, "pareto_k_limit": 0.7}, "seconds": {"total": 61.7},
             "log_likelihood_gain": {"tilted": {"value": 0.2134, "se": 0.0712}},
         },
         "comparison": comparison,

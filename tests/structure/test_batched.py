@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 
+from pyro_ebm import LogDensity
 from pyro_ebm.structure import BatchedModel, DoesNotBroadcast, batched_run, candidate_ways, slowest, unconditioned
 from pyro_ebm.structure.batched import Layout
 
@@ -168,6 +169,29 @@ def test_sites_that_come_and_go():
 
     with pytest.raises(ValueError, match="other sites in some runs"):
         BatchedModel(model, (), {}, layout=Layout(0, {"z": torch.Size()}, {"z": 0}, ("z",))).run(num=40)
+
+
+@pytest.mark.parametrize("num_sites", [2, 3])
+def test_scalar_sites_stacked_in_front(num_sites):
+    """As many runs as sites would fit by accident."""
+    X = torch.arange(5.0 * num_sites).reshape(5, num_sites)
+
+    def model():
+        stacked = torch.stack([pyro.sample(f"b{i}", dist.Normal(0.0, 1.0)) for i in range(num_sites)])
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(X @ stacked, 1.0), obs=torch.zeros(5))
+
+    assert batched_run(model, num=20).way == "vmap"
+    assert LogDensity.from_model(model).proposal().draw(100).shape == (100, num_sites)
+
+
+def test_a_model_with_numbers_of_its_own_is_no_reason_for_a_loop():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("noise", torch.rand(()) * z)
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+    assert batched_run(model, num=20).way == "plate"
 
 
 def test_ways():

@@ -24,7 +24,14 @@ from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import frozen
 from pyro_ebm.randomness import random_stream
-from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace, unnormalized, untilted
+from pyro_ebm.structure import (
+    check_no_subsampling,
+    latent_sites,
+    observed_sites,
+    prototype_trace,
+    unnormalized,
+    untilted,
+)
 
 __all__ = ["pyro_hmc", "pyro_nuts"]
 
@@ -177,6 +184,7 @@ class _Run:
             warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
             # Validates the user's model, once and without its tilt; Pyro's own runs do not.
             trace = prototype_trace(untilted(model), args, kwargs)
+            check_no_subsampling(trace)
             with pyro.validation_enabled(False):
                 _, potential, transforms, _ = initialize_model(
                     model, args, kwargs, jit_compile=jit_compile, skip_jit_warnings=True, initial_params={}

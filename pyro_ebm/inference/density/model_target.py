@@ -23,6 +23,7 @@ from pyro_ebm.structure import (
     BatchedModel,
     Layout,
     candidate_ways,
+    check_no_subsampling,
     is_observed,
     latent_sites,
     observed_sites,
@@ -96,7 +97,7 @@ class ModelTarget:
         self.sites = [_describe(name, site, self.data_dim, transforms or {}) for name, site in sites.items()]
         if not self.sites:
             raise ValueError("the model has no continuous latent sample sites: nothing to sample")
-        _check_no_subsampling(trace)
+        check_no_subsampling(trace)
         self.like = _common([trace.nodes[site.name]["value"] for site in self.sites])
         self.observed = observed_sites(trace)
         self._density = self._batched(self.model, self.layout)
@@ -342,13 +343,3 @@ def _independent_plate(trace: poutine.Trace, name: str | None) -> tuple[int | No
         )
     frame = next(iter(frames.values()))[name]
     return frame.dim, torch.Size([int(frame.size)])
-
-
-def _check_no_subsampling(trace: poutine.Trace) -> None:
-    for site in trace.nodes.values():
-        for frame in site.get("cond_indep_stack", ()):
-            if frame.full_size is not None and int(frame.full_size) != int(frame.size):
-                raise ValueError(
-                    f"plate {frame.name!r} is subsampled ({frame.size} of {frame.full_size}): the density would "
-                    f"change from call to call; run the model on all its data"
-                )

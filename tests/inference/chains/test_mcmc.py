@@ -344,7 +344,8 @@ def test_chains_that_disagree():
 
 def test_an_improper_density():
     with pytest.warns(InferenceWarning):
-        draws = MCMC(HMC(LogDensity(lambda u: (u**2).sum(-1), 1), num_steps=3), 200, 50, num_chains=4, **QUIET).run()
+        kernel = HMC(LogDensity(lambda u: (u**2).sum(-1), 1), step_size=0.1, num_steps=3, adapt_step_size=False)
+        draws = MCMC(kernel, 200, 50, num_chains=4, **QUIET).run()
     assert not math.isnan(draws.seconds)
 
 
