@@ -97,6 +97,7 @@ def test_smc(kernel):
     assert float(found.log_z.value) == float(expected.log_z.value)
 
 
+@pytest.mark.filterwarnings("ignore:importance weights are not reliable:pyro_ebm.InferenceWarning")
 @pytest.mark.parametrize("proposal", [None, guide], ids=["prior", "guide"])
 def test_importance(proposal):
     options = {"guide": proposal, "strict": False, "model_kwargs": {"scale": 2.0}, "progress": False}

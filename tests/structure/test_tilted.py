@@ -84,3 +84,15 @@ def test_log_likelihood_of_a_wrapped_tilt():
     found = log_likelihood(functools.partial(tilt(rows, {"z": LinearEnergy(0.5)}), scale=2.0), guide, x, seed=0)
     exact = dist.Normal(2.0, 5**0.5).log_prob(x)  # the tilted prior is N(a s^2, s^2)
     assert ((found.value - exact).abs() < 4 * found.se).all()
+
+
+def test_the_tilt_of_a_module_is_found():
+    """The base model is then a submodule, which no static look at attributes finds."""
+
+    class Module(torch.nn.Module):
+        def forward(self, y=None):
+            model(y)
+
+    module = Module()
+    tilted = tilt(module, {"z": LinearEnergy(0.5)})
+    assert untilted(tilted) is module and tilt_of(functools.partial(tilted)) is tilted
