@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-__all__ = ["chain_statistics", "ess_bulk", "ess_tail", "mcse_mean", "r_hat"]
+__all__ = ["chain_statistics", "ess_bulk", "ess_tail", "mcse_mean", "r_hat", "split_r_hat"]
 
 _TAIL = (0.05, 0.95)
 _MIN_DRAWS = 4  # ArviZ's own limit
@@ -56,6 +56,15 @@ def r_hat(x: Tensor | NDArray[Any]) -> Floats:
     Arguments, shape of the result and reference as in :func:`ess_bulk`.
     """
     return chain_statistics(x, "r_hat")["r_hat"]
+
+
+def split_r_hat(x: Tensor | NDArray[Any]) -> Floats:
+    """:func:`r_hat`; of a single chain that of its halves."""
+    half = x.shape[1] // 2
+    if len(x) != 1 or not half:
+        return r_hat(x)
+    array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+    return r_hat(np.concatenate([array[:, :half], array[:, -half:]]))
 
 
 def mcse_mean(x: Tensor | NDArray[Any]) -> Floats:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess
-from pyro_ebm.chain_statistics import chain_statistics, ess_bulk, mcse_mean, r_hat
+from pyro_ebm.chain_statistics import chain_statistics, ess_bulk, mcse_mean, split_r_hat
 from pyro_ebm.inference.draws import Draws
 
 __all__ = [
@@ -141,9 +141,8 @@ def worth(draws: Draws, x: Tensor) -> Worth:
     if draws.log_weights is not None:
         return Worth(bulk_ess(draws, x), _weighted_tail_ess(draws, x), nothing)
     found = chain_statistics(x, "ess_bulk", "ess_tail", "r_hat")
-    half = x.shape[1] // 2
-    if len(x) == 1 and half:
-        found["r_hat"] = r_hat(torch.cat([x[:, :half], x[:, -half:]]))
+    if len(x) == 1:
+        found["r_hat"] = split_r_hat(x)
     return Worth(*(torch.as_tensor(found[name], device=x.device) for name in ("ess_bulk", "ess_tail", "r_hat")))
 
 

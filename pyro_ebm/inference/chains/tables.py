@@ -10,17 +10,16 @@ import torch
 from pyro.ops import stats
 from torch import Tensor
 
-from pyro_ebm.chain_statistics import ess_bulk, r_hat
+from pyro_ebm.chain_statistics import ess_bulk, split_r_hat
 from pyro_ebm.inference.draws import Draws
 
 __all__ = ["diagnostics_of", "headline", "table"]
 
 
-
 def diagnostics_of(draws: Draws) -> dict[str, dict[str, Any]]:
-    """Site -> ``n_eff`` and ``r_hat``, of its shape; divergences and acceptance rate of each chain."""
+    """Site -> ``n_eff`` and split ``r_hat``, of its shape; divergences and acceptance rate of each chain."""
     found: dict[str, dict[str, Any]] = {
-        site: {"n_eff": torch.from_numpy(ess_bulk(value)), "r_hat": torch.from_numpy(r_hat(value))}
+        site: {"n_eff": torch.from_numpy(ess_bulk(value)), "r_hat": torch.from_numpy(split_r_hat(value))}
         for site, value in draws.values.items()
     }
     chains = range(draws.num_chains)
