@@ -101,6 +101,9 @@ __all__ = ["__version__", *sorted(_MODULE_OF)]
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    hint = importlib.import_module(f"{__name__}.foreign").pointer(name)
+    if hint is not None:  # `from pyro_ebm import name` drops the text of an AttributeError
+        raise ImportError(f"cannot import name {name!r} from {__name__!r}: {hint}", name=__name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributions import Distribution
 
 from pyro_ebm.arrays import as_tensors, holds_arrays
+from pyro_ebm.foreign import foreign_hint
 from pyro_ebm.structure import prototype_trace, untilted
 
 __all__ = ["ModelArguments", "model_arguments", "model_inputs", "passes_keywords", "sorted_keywords"]
@@ -138,8 +139,9 @@ def sorted_keywords(
     if unknown:
         takes = f"it takes {sorted(options | {'model_kwargs'})}"
         arguments = f"arguments {sorted(has.names)}" if has.names else "no such argument"
-        close = difflib.get_close_matches(unknown[0], [*options, *has.names], 1)
-        hint = f"; is {close[0]!r} meant?" if close else ""
+        hint = foreign_hint(unknown, options, elsewhere=related, where="in other methods")
+        close = [] if hint else difflib.get_close_matches(unknown[0], [*options, *has.names], 1)
+        hint += f"; is {close[0]!r} meant?" if close else ""
         raise TypeError(f"{owner} has no option {unknown}; {takes}, and the model has {arguments}{hint}")
     twice = sorted(set(theirs) & set(model_kwargs or {}))
     if twice:
@@ -179,6 +181,15 @@ def _runs(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return True
 
 
+def _check_model(owner: str, name: str, given: Any) -> None:
+    """Whoever calls sample(data) has forgotten the model."""
+    if name in ("model", "target") and not callable(given) and not isinstance(given, Distribution):
+        raise TypeError(
+            f"{name} must be callable (a Pyro model), got {type(given).__name__}; call {owner}(model, ...), the "
+            f"model's arguments after it"
+        )
+
+
 def passes_keywords(
     options: Callable[[Mapping[str, Any]], tuple[str, frozenset[str], frozenset[str]]] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -205,6 +216,7 @@ def passes_keywords(
                 args = (*args, given.pop(first[at]))  # type: ignore[assignment]
             if len(args) <= at:
                 return function(*args, **kwargs)  # raises: the model is missing
+            _check_model(function.__name__, first[at], args[at])
             before, after = args[: len(first)], args[len(first) :]
             model_kwargs = given.pop("model_kwargs", None)
             name, known, related = (f"{function.__name__}()", own, own) if options is None else options(given)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+from pyro_ebm.checks import is_whole_number
 
 __all__ = ["fingerprint", "forked_rng", "one_source", "random_seed", "random_stream", "streams"]
 
@@ -49,6 +52,7 @@ def forked_rng(seed: int | None) -> Iterator[None]:
 
     ``seed=None`` continues from the global state of the moment (and still restores it).
     """
+    seed = None if seed is None else _checked(seed)
     on_gpu = torch.cuda.is_initialized()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else []):
         if seed is not None:
@@ -64,8 +68,16 @@ def random_stream(seed: int | None) -> AbstractContextManager[None]:
     return nullcontext() if seed is None else forked_rng(seed)
 
 
+def _checked(seed: int) -> int:
+    if not is_whole_number(seed, at_least=-(2**63)):
+        raise ValueError(f"seed must be a whole number or None, got {seed!r}")
+    return operator.index(seed)
+
+
 def one_source(seed: int | None, generator: torch.Generator | None) -> None:
-    """Refuse a seed and a generator at once."""
+    """Refuse a seed and a generator at once, and a seed that is none."""
+    if seed is not None:
+        _checked(seed)
     if seed is not None and generator is not None:
         raise ValueError("seed and generator both given: one source of randomness, please")
 
@@ -73,7 +85,7 @@ def one_source(seed: int | None, generator: torch.Generator | None) -> None:
 def random_seed(seed: int | None, generator: torch.Generator | None) -> int:
     """The seed; or one drawn from the generator, or from torch's global one."""
     if seed is not None:
-        return seed
+        return _checked(seed)
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device))
 

@@ -66,7 +66,28 @@ def prototype_trace(
 ) -> poutine.Trace:
     """One run of the model, to see its sites and shapes; leaves no trace in random state or modules."""
     with forked_rng(0), torch.no_grad(), poutine.block(), evaluation_mode(model), _Somewhere():
-        return poutine.trace(model).get_trace(*args, **kwargs)
+        try:
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+            _check_values(trace)
+        except Exception as error:
+            given = [_in_short(value) for value in args] + [f"{name}={_in_short(kwargs[name])}" for name in kwargs]
+            error.add_note(f"while running the model once with arguments ({', '.join(given)})")
+            raise
+    return trace
+
+
+def _in_short(value: Any) -> str:
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    return f"{type(value).__name__}{shape}"
+
+
+def _check_values(trace: poutine.Trace) -> None:
+    for name, site in sample_sites(trace).items():
+        if not hasattr(site["value"], "shape"):
+            raise TypeError(
+                f"the value of site {name!r} is a {type(site['value']).__name__}: give data as tensors or numpy "
+                f"arrays, or let the model turn them into tensors (torch.as_tensor)"
+            )
 
 
 class _Somewhere(Messenger):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from pyro_ebm.arrays import as_tensor
 from pyro_ebm.errors import warn_user
+from pyro_ebm.foreign import foreign_hint
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.kernels.kernel import Kernel
 
 __all__ = [
+    "as_params",
     "check_kernel",
+    "check_names",
     "check_saved",
     "number_of_chains",
     "packed",
@@ -22,24 +29,17 @@ __all__ = [
     "warn_of_ignored",
 ]
 
-_FOREIGN = {
-    "num_warmup": "warmup_steps=",
-    "progress_bar": "progress=",
-    "thinning": "thin=",
-    "chain_method": "nothing: chains are one batch",
-    "extra_fields": "nothing: draws.stats has them all",
-}
 
-
-def refuse_foreign(given: Mapping[str, Any]) -> None:
+def refuse_foreign(given: Mapping[str, Any], runner: Callable[..., Any]) -> None:
     """Say what an argument of another library is called here.
 
     Raises:
         TypeError: where there is any.
     """
+    own, of_kernel = inspect.signature(runner).parameters, {field.name for field in dataclasses.fields(Kernel)}
     for name in given:
-        known = f"; NumPyro's {name} is {_FOREIGN[name]} here" if name in _FOREIGN else ""
-        raise TypeError(f"MCMC() got an unexpected keyword argument {name!r}{known}")
+        hint = foreign_hint([name], own, elsewhere=of_kernel, where="of the kernel")
+        raise TypeError(f"MCMC() got an unexpected keyword argument {name!r}{hint}")
 
 
 def warn_of_ignored(*, mp_context: str | None, disable_validation: bool | None, stock: bool) -> None:
@@ -59,6 +59,8 @@ def check_kernel(kernel: Any, initial_params: Any) -> bool:
         ValueError: a potential, whose values have no shapes, without values to start from.
     """
     if not isinstance(kernel, Kernel | MCMCKernel):
+        if isinstance(kernel, type) and issubclass(kernel, Kernel | MCMCKernel):
+            raise TypeError(f"kernel is the class {kernel.__name__}: call it, MCMC({kernel.__name__}(model), ...)")
         raise TypeError(
             f"kernel must be one of ChEES, HMC, MALA, ULA of pyro_ebm, or a kernel of Pyro's such as "
             f"pyro.infer.NUTS(model), got {type(kernel).__module__}.{type(kernel).__name__}"
@@ -91,10 +93,19 @@ def check_saved(save_params: Iterable[str] | None, sites: Iterable[str]) -> None
     Raises:
         ValueError: unknown names.
     """
+    check_names("save_params", save_params, sites)
+
+
+def check_names(option: str, names: Iterable[str] | None, sites: Iterable[str]) -> None:
+    """An option by site must be about some of those that move.
+
+    Raises:
+        ValueError: unknown names.
+    """
     sites = set(sites)
-    unknown = sorted(set(save_params or ()) - sites)
+    unknown = sorted(set(names or ()) - sites)
     if unknown:
-        raise ValueError(f"save_params names the site(s) {unknown}; the latent sites are {sorted(sites)}")
+        raise ValueError(f"{option} names the site(s) {unknown}; the latent sites are {sorted(sites)}")
 
 
 def number_of_chains(density: LogDensity, given: Mapping[str, Tensor] | Tensor | None, default: int) -> int:
@@ -108,6 +119,28 @@ def number_of_chains(density: LogDensity, given: Mapping[str, Tensor] | Tensor |
             single = tuple(value.shape) == _shape(density, name)
             return 1 if single or not value.ndim else len(value)
     return default
+
+
+def as_params(given: Any) -> Any:
+    """``initial_params`` with numbers, lists and arrays as tensors of floating-point numbers.
+
+    Raises:
+        TypeError: naming the site, of what is no number.
+    """
+    if given is None or isinstance(given, Tensor):
+        return given
+    if isinstance(given, Mapping):
+        return {name: _as_floats(f"initial_params[{name!r}]", value) for name, value in given.items()}
+    return _as_floats("initial_params", given)
+
+
+def _as_floats(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(as_tensor(value)).to(torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a tensor, an array or a number, got {type(value).__name__}") from None
 
 
 def packed(density: LogDensity, params: Mapping[str, Tensor], num_chains: int) -> Tensor:

@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.chains.arguments import (
+    as_params,
     check_kernel,
+    check_names,
     check_saved,
     number_of_chains,
     packed,
@@ -129,8 +131,9 @@ class MCMC:
         strict: bool = False,
         **unknown: Any,
     ) -> None:
-        refuse_foreign(unknown)
+        refuse_foreign(unknown, type(self))
         whole_number("num_samples", num_samples)
+        initial_params = as_params(initial_params)
         batched = check_kernel(kernel, initial_params)
         if warmup_steps is None:
             warmup_steps = min(num_samples, _WARMUP) if batched else num_samples
@@ -210,6 +213,8 @@ class MCMC:
         if self.kernel.potential_fn is not None and not self.initial_params:
             return self._run_without_sites(self.kernel)
         density = self._density(self.kernel, args, kwargs)
+        if density.by_name:
+            check_names("transforms", self._asked_transforms, density.shapes)
         check_saved(self.save_params, density.constrain(density.like.new_zeros(1, *density.batch, density.dim)))
         if self._asked_chains is None:
             self.num_chains = number_of_chains(density, self.initial_params, _CHAINS)

@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.devices import one_thread
-from pyro_ebm.inference.chains.arguments import check_saved
+from pyro_ebm.inference.chains.arguments import check_names, check_saved
 from pyro_ebm.inference.chains.recording import RecordedChain, stacked
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.randomness import random_stream
-from pyro_ebm.structure import observed_sites, prototype_trace, untilted
+from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace, untilted
 
 __all__ = ["StockChains"]
 
@@ -72,9 +72,20 @@ class StockChains:
                     f"initial_params[{name!r}] must have {self.num_chains} rows, one a chain, got {tuple(value.shape)}"
                 )
 
+    def _check_names(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Where Pyro would raise a KeyError, or take no notice."""
+        model = getattr(self.kernel, "model", None)
+        given = {"initial_params": self.initial_params, "transforms": self.transforms}
+        if model is None or not any(given.values()):
+            return
+        sites = latent_sites(prototype_trace(untilted(model), args, kwargs))
+        for option, values in given.items():
+            check_names(option, values, sites)  # type: ignore[arg-type]
+
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Draws:
         """Draw; after Ctrl-C what is there."""
         began = time.perf_counter()
+        self._check_names(args, kwargs)
         name = type(self.kernel).__name__.lower()
         total = self.num_chains * (self.num_samples + self.warmup_steps)
         with (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.foreign import named_elsewhere
 from pyro_ebm.inference.kernels.kernel import (
     Info,
     Kernel,
@@ -106,6 +107,7 @@ def hamiltonian_step(
     return after, Info(acceptance, diverging, energy, num_steps, end[0], arrival, num_steps * stride.length)
 
 
+@named_elsewhere
 @dataclass(eq=False)
 class HMC(Kernel):
     r"""Hamiltonian Monte Carlo with trajectories of a fixed length, one number of steps for all chains.
@@ -168,6 +170,7 @@ class HMC(Kernel):
         return step
 
 
+@named_elsewhere
 @dataclass(eq=False)
 class ChEES(HMC):
     r"""Jittered Hamiltonian Monte Carlo whose trajectory length is learned by many chains together.

@@ -8,12 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyro_ebm.foreign import named_elsewhere
 from pyro_ebm.inference.kernels.hmc import Stride, hamiltonian_step
 from pyro_ebm.inference.kernels.kernel import Info, Kernel, State, Step, ValueAndGrad
 
 __all__ = ["MALA", "ULA"]
 
 
+@named_elsewhere
 @dataclass(eq=False)
 class MALA(Kernel):
     r"""Metropolis-adjusted Langevin: a Langevin step, accepted or not so that the target is exact.
@@ -54,6 +56,7 @@ class MALA(Kernel):
         return step
 
 
+@named_elsewhere
 @dataclass(eq=False)
 class ULA(MALA):
     r"""Unadjusted Langevin: every step is taken, so the draws follow a distribution near the target, not the target.
