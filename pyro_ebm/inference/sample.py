@@ -76,8 +76,8 @@ def sample(
 
     Args:
         model: a Pyro model, tilted or not; for batched chains and SMC a distribution or :class:`LogDensity` too.
-        *args: its arguments. Arrays and tables (numpy, pandas) of numbers become tensors, floating-point ones in
-            torch's default dtype.
+        *args: its arguments. Arrays and tables (numpy, pandas) stay as they are where the model runs on them; where it
+            does not, they become tensors, floating-point ones in torch's default dtype.
         method: one of the table.
         guide: proposal for importance sampling, and for the starting points of chains.
         num_samples: draws per chain, 1,000 by default; with ``ess`` and with ``"auto"`` the most that may be drawn.

@@ -162,7 +162,7 @@ class MCMC:
         """Warm up and draw.
 
         Args:
-            *args: arguments of the model.
+            *args: arguments of the model; arrays and tables as in :func:`sample`.
             **kwargs: its keyword arguments.
 
         Returns:
