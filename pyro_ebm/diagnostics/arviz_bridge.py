@@ -26,6 +26,7 @@ from pyro_ebm.diagnostics.arviz_groups import (
 from pyro_ebm.inference.as_draws import as_draws
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.pointwise import ModelSites, model_sites, pointwise
+from pyro_ebm.inference.resampled import Resampled, resampled, warn_of_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +48,7 @@ def to_arviz(
     coords: Mapping[str, Any] | None = None,
     chains: int | None = None,
     keep_warmup: bool = True,
+    keep_weights: bool = False,
 ) -> Any:
     """Convert draws to what ArviZ reads, whichever version of it is installed.
 
@@ -55,11 +57,19 @@ def to_arviz(
     ``pyro.deterministic`` sites, which join the posterior. Data that a mask takes out count 0 in the log likelihood.
     Dimensions along plates are called after them. Factor sites are left out everywhere.
 
-    Weighted draws are marked as such: attribute ``weighted`` of the posterior group is 1, and ``sample_stats`` holds
-    their normalized ``log_weight``. ArviZ itself ignores weights: convert :meth:`Draws.equally_weighted` where it
-    should not. Statistics of data that are sampled each on its own, (chain, draw, *data), share the names of their
-    further dimensions: those of the sites where ``dims`` names them, else ``datum``. What of ArviZ reads divergences
-    and energies wants one datum at a time: ``tree.sel(datum=3)``.
+    ArviZ ignores weights. Weighted draws (importance sampling, also what ``sample(model)`` chooses on easy models; a
+    quadrature grid; particles) are therefore resampled by them (:meth:`Draws.equally_weighted`), the same way each
+    time: as many as the weights are worth, 100 at least, 4,000 of a grid, dealt into four chains. Attribute
+    ``resampled`` of the posterior group says so. They are independent but for copies, and R-hat says nothing of them;
+    where particles come in islands, :func:`compare` knows their errors. With ``keep_weights=True`` the points stay as
+    they are: attribute ``weighted`` is 1, and ``sample_stats`` holds their normalized ``log_weight``.
+
+    Without a log likelihood ``az.loo`` raises a TypeError that does not say why: attribute ``log_likelihood`` of the
+    posterior group does (a discrete site that was summed out is not among the draws, a tilted observed site, ...).
+
+    Statistics of data that are sampled each on its own, (chain, draw, *data), share the names of their further
+    dimensions: those of the sites where ``dims`` names them, else ``datum``. What of ArviZ reads divergences and
+    energies wants one datum at a time: ``tree.sel(datum=3)``.
 
     Args:
         draws: of this library; an ``MCMC`` after its ``run``, Pyro's or ours; Pyro's ``StreamingMCMC`` that keeps
@@ -67,16 +77,17 @@ def to_arviz(
         prior: site -> (sample, *site_shape), for example from ``Predictive`` or :func:`predictive`. Sites that are not
             among the posterior's go to group ``prior_predictive``, as ArviZ wants it.
         posterior_predictive: likewise. As many samples as there are draws belong to them, in their order, as
-            ``Predictive(model, mcmc.get_samples())`` and :func:`predictive` return them. Sites that are the
-            posterior's own, unchanged, are left out.
+            ``Predictive(model, mcmc.get_samples())`` and :func:`predictive` return them; of weighted draws too:
+            ``predictive(model, draws=draws)`` resamples as this function does. Sites that are the posterior's own,
+            unchanged, are left out.
         observed_data: site -> data; added to those of the draws or of the MCMC's model.
-        log_likelihood: ``None``: have it where it exists, draws have no weights and it takes seconds at most
-            (attribute ``log_likelihood`` of the posterior group says why not); ``True``: have it, or raise;
-            ``False``: do not.
+        log_likelihood: ``None``: have it where it exists, no weights are kept and it takes seconds at most; ``True``:
+            have it, or raise; ``False``: do not.
         dims: site or statistic -> names of its dimensions after (chain, draw); before those of the draws and plates.
         coords: dimension name -> labels; added to those of the draws.
         chains: keep so many chains, evenly spread: rank and trace plots of 64 cannot be read. All when ``None``.
         keep_warmup: whether to include ``draws.warmup`` when there is one.
+        keep_weights: whether weighted draws stay as they are, for readers that know of ``log_weight``.
 
     Returns:
         ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) with the groups posterior, sample_stats, log_likelihood,
@@ -91,6 +102,8 @@ def to_arviz(
     Warns:
         UserWarning: of sites called ``chain`` or ``draw``, which get another name, and of a model that fails at the
             draws.
+        InferenceWarning: where draws are resampled by weights that are worth fewer than 100 of them, or whose Pareto k
+            is above what their number allows.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -105,10 +118,15 @@ def to_arviz(
         ('chain', 'draw', 'data')
     """
     draws = as_draws(draws)
+    given = draws
+    if not keep_weights:
+        warn_of_weights(draws)
+    chosen = Resampled(draws) if keep_weights else resampled(draws)
+    draws = chosen.draws
     kept = fewer_chains(draws, chains)
     sites = ModelSites() if draws.source is None else model_sites(draws.source)
     shapes = {**sites.shapes, **{name: value.shape[2:] for name, value in draws.values.items()}}
-    pairing = Pairing(draws, kept, shapes)
+    pairing = Pairing(draws, kept, shapes, rows=chosen.rows, num_weighted=given.num_chains * given.num_draws)
     draws = draws.of_chains(kept)
     found = pointwise(draws, sites, log_likelihood=log_likelihood)
     posterior = {**draws.values, **{name: found.deterministic[name] for name in sorted(found.deterministic)}}
@@ -127,7 +145,7 @@ def to_arviz(
         dims={**_data_dims(draws, named), **named},
         plates=auto_dims(sites),
         coords={**draws.coords, **(coords or {})},
-        attrs={"posterior": _attributes(draws, found.left_out)},
+        attrs={"posterior": _attributes(draws, found.left_out, chosen.told, given.pareto_k)},
     )
 
 
@@ -300,7 +318,7 @@ def _data_dims(draws: Draws, dims: Mapping[str, Sequence[str]]) -> dict[str, tup
     return dict.fromkeys(by_datum, names) if len(names) == len(shape) else {}
 
 
-def _attributes(draws: Draws, left_out: str) -> dict[str, Any]:
+def _attributes(draws: Draws, left_out: str, told: str, pareto_k: float | None) -> dict[str, Any]:
     """Numbers and strings only: NetCDF knows neither bool nor None."""
     attrs: dict[str, Any] = {
         "inference_library": draws.notes.get("inference_library", "pyro_ebm"),
@@ -311,12 +329,14 @@ def _attributes(draws: Draws, left_out: str) -> dict[str, Any]:
         "sampling_seconds": float(draws.sampling_seconds),
         "notes": json.dumps(dict(draws.notes), default=str),
     }
+    if told:
+        attrs["resampled"] = told
     if left_out:
         attrs["log_likelihood"] = f"left out: {left_out}"
     if draws.num_gradients is not None:
         attrs["num_gradients"] = int(draws.num_gradients)
-    if draws.pareto_k is not None:
-        attrs["pareto_k"] = float(draws.pareto_k)
+    if pareto_k is not None:
+        attrs["pareto_k"] = float(pareto_k)
     if draws.log_z is not None:
         # one number, or one for each datum: an attribute in NetCDF has one dimension at most
         attrs["log_z"], attrs["log_z_se"] = (_numpy(torch.as_tensor(x).flatten()).squeeze()[()] for x in draws.log_z)

@@ -27,11 +27,22 @@ class Pairing:
         draws: the posterior, all its chains.
         chains: the chains that are kept.
         shapes: site -> shape of its value, as far as known.
+        rows: of resampled draws, (draw,): the positions of theirs among the weighted ones.
+        num_weighted: how many of these there were; so many samples belong to them.
     """
 
-    def __init__(self, draws: Draws, chains: Tensor, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        draws: Draws,
+        chains: Tensor,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        rows: Tensor | None = None,
+        num_weighted: int = 0,
+    ) -> None:
         self.lead = None if draws.log_weights is not None else (draws.num_chains, draws.num_draws)
         self.chains, self.shapes = chains, shapes
+        self.rows, self.num_weighted = rows, num_weighted
 
     def __call__(self, group: str, samples: Arrays | None, *, paired: bool = False) -> dict[str, Tensor]:
         """The group's variables; dimensions of size one that Pyro puts before a site's own are dropped.
@@ -51,6 +62,8 @@ class Pairing:
         if tensor.ndim < 1:
             raise ValueError(f"{group}: {name!r} must have shape (sample, *site_shape), got {tuple(tensor.shape)}")
         known = self.shapes.get(name)
+        if lead is not None and self.rows is not None and len(tensor) == self.num_weighted != math.prod(lead):
+            tensor = tensor[self.rows.to(tensor.device)]
         if lead is not None and tensor.shape[0] == math.prod(lead):
             tensor = tensor.reshape(*lead, *tensor.shape[1:])[self.chains]
         elif lead is not None and tuple(tensor.shape[:2]) == lead:

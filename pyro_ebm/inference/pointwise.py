@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.draws import Draws, Source
+from pyro_ebm.inference.resampled import weigh_the_same
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
@@ -170,10 +171,10 @@ def _problem(draws: Draws, sites: ModelSites) -> str:
 
 def _reason_to_wait(draws: Draws, sites: ModelSites) -> str:
     """Why it is computed only when asked for."""
-    if draws.log_weights is not None and float(draws.log_weights.max() - draws.log_weights.min()) > 1e-6:
+    if not weigh_the_same(draws):
         return (
-            "the draws are weighted, and what reads log likelihoods ignores weights; convert "
-            "draws.equally_weighted(), or ask by log_likelihood=True"
+            "the draws are weighted, and what reads log likelihoods ignores weights; leave keep_weights=False, or ask "
+            "by log_likelihood=True"
         )
     numbers = draws.num_chains * draws.num_draws * sum(sites.shapes[name].numel() for name in sites.observed)
     if numbers > _MOST_NUMBERS:

@@ -13,6 +13,7 @@ from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.as_draws import as_draws, samples_as_draws
 from pyro_ebm.inference.draws import Draws
+from pyro_ebm.inference.resampled import resampled
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import random_stream
@@ -54,7 +55,7 @@ def predictive(
     (``pyro.infer.Predictive`` runs a tilted model as if it had no tilt.) Without ``draws``: the joint
     prior predictive, by resampling forward runs with weights ``exp(-E)``. With ``draws``: the remaining sites are
     drawn given each of them, in their order (chain after chain), so that rows belong to draws; weighted draws are
-    resampled first.
+    resampled first, the same way each time and as :func:`to_arviz` does it, so that rows belong to its draws.
 
     Args:
         model: any Pyro model, tilted or not; quickest where it broadcasts over an outer plate.
@@ -62,7 +63,8 @@ def predictive(
         draws: posterior draws of its latent sites: :class:`Draws`, an ``MCMC`` (ours or Pyro's) after its ``run``, or
             samples by site, (sample, *site_shape), as ``mcmc.get_samples()`` returns.
         num_samples: how many. All the draws by default; fewer are spread evenly over them, the same number of each
-            chain where it divides. 1,000 without ``draws`` and for weighted ones.
+            chain where it divides. Of weighted draws as many as their weights are worth (100 at least, 4,000 of a
+            grid); 1,000 without ``draws``.
         seed: a number for the same draws twice; ``None`` uses the global generator.
         model_kwargs: the model's keyword arguments, whatever their names.
         **kwargs: the same, where no option has their name.
@@ -99,7 +101,8 @@ def predictive(
 def _rows(draws: Draws, num_samples: int | None) -> dict[str, Tensor]:
     """Values by site, (num_samples, *site_shape): in the order of the draws, or resampled where they are weighted."""
     if draws.log_weights is not None:
-        return draws.resample(_DEFAULT if num_samples is None else num_samples)
+        chosen = resampled(draws, num_samples).draws
+        return {site: chosen.flat(site) for site in chosen.values}
     total = draws.num_chains * draws.num_draws
     wanted = total if num_samples is None else num_samples
     index = torch.arange(wanted, device="cpu") * total // wanted

@@ -90,7 +90,7 @@ def test_dims_and_coords_of_the_draws_are_used_and_can_be_overridden():
     assert tree["observed_data"]["x"].dims == ("person", "pixel")
 
 
-def test_weighted_draws_are_marked():
+def test_weights_that_are_kept_are_marked():
     logs = torch.randn(1, DRAWS).log_softmax(-1)
     draws = Draws(
         {"z": torch.randn(1, DRAWS, 2)},
@@ -99,7 +99,7 @@ def test_weighted_draws_are_marked():
         pareto_k=0.4,
         log_z=Estimate(torch.tensor(-1.5), torch.tensor(0.1)),
     )
-    tree = to_arviz(draws)
+    tree = to_arviz(draws, keep_weights=True)
     assert torch.equal(torch.as_tensor(tree["sample_stats"]["log_weight"].values), logs)
     attrs = tree["posterior"].attrs
     assert (attrs["weighted"], attrs["pareto_k"], float(attrs["log_z"])) == (1, 0.4, -1.5)
@@ -248,7 +248,7 @@ def test_netcdf_round_trip(kind, tmp_path, mcmc):
         ),
         "mcmc": mcmc,
     }[kind]
-    tree = to_arviz(draws, prior={"mu": torch.randn(20)})
+    tree = to_arviz(draws, prior={"mu": torch.randn(20)}, keep_weights=True)
     path = save_arviz(tree, tmp_path / "draws.nc")
     back = load_arviz(path)
     path.unlink()  # what was read is in memory, and the file is free

@@ -180,17 +180,6 @@ def test_predictions_for_other_data_stay():
     assert set(found.data_vars) == {"effect", "a"}  # of seven groups; drawn anew
 
 
-@pytest.mark.filterwarnings("ignore::pyro_ebm.InferenceWarning")  # the prior is no good proposal
-def test_predictions_of_weighted_draws_are_one_chain():
-    draws = importance(hierarchical, None, Y, num_samples=3000, seed=0)
-    tree = to_arviz(draws, posterior_predictive=predictive(hierarchical, draws=draws, num_samples=100, seed=0))
-    assert tree["posterior_predictive"]["y"].shape == (1, 100, 10)
-    assert set(tree["posterior_predictive"].data_vars) == {"y"} and "log_likelihood" not in groups(tree)
-    assert "equally_weighted" in tree["posterior"].attrs["log_likelihood"]
-    equal = to_arviz(draws.equally_weighted(500))
-    assert equal["log_likelihood"]["y"].shape == (1, 500, 10)
-
-
 @pytest.mark.parametrize("of", ["stock", "ours"])
 def test_prior_draws_lose_dimensions_of_size_one(of):
     prior = Predictive(hierarchical, num_samples=30)() if of == "stock" else predictive(hierarchical, num_samples=30)

@@ -132,6 +132,9 @@ def test_equally_weighted_draws_follow_the_weights():
     assert torch.equal(equal.stats["lp"], equal.values["z"])  # rows stay together
     assert abs(float(equal.mean("z")) - 1.5) < 4 * float(draws.std("z")) / math.sqrt(20_000)
     assert draws.equally_weighted().num_draws == 4
+    even = replace(draws, log_weights=torch.full((1, 4), -math.log(4)))
+    once = even.equally_weighted(generator=torch.Generator().manual_seed(0)).flat("z")
+    assert sorted(once.tolist()) == sorted(draws.flat("z").tolist())  # each as often as its weight asks for
     chains = Draws({"z": torch.zeros(2, 3)}, "nuts")
     assert chains.equally_weighted() is chains
 

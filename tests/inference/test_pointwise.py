@@ -268,7 +268,7 @@ def test_weighted_draws_wait_to_be_asked():
     draws = draws_of(plain, {"mu": ()}, log_weights=logs)
     found = run(draws)
     assert found.log_likelihood == {} and set(found.deterministic) == {"twice"}
-    assert "draws.equally_weighted(), or ask by log_likelihood=True" in found.left_out
+    assert "leave keep_weights=False, or ask by log_likelihood=True" in found.left_out
     assert set(run(draws, log_likelihood=True).log_likelihood) == {"y"}
     even = draws_of(plain, {"mu": ()}, log_weights=torch.full(LEAD, -math.log(10)))
     assert set(run(even).log_likelihood) == {"y"}

@@ -289,7 +289,8 @@ def test_draws_keep_their_order(num_samples, expected, chunk, monkeypatch):
 def test_weighted_draws_are_resampled():
     draws = Draws({"mu": LABELED}, "snis", log_weights=torch.where(LABELED > 9.5, 0.0, -math.inf))
     found = predictive(noisy, draws=draws, seed=0)
-    assert found["y"].shape == (1000, 2) and set(found["mu"].tolist()) == {10.0, 11.0}
+    assert found["y"].shape == (100, 2) and set(found["mu"].tolist()) == {10.0, 11.0}
+    assert predictive(noisy, draws=draws, num_samples=30, seed=0)["y"].shape == (30, 2)
 
 
 def test_samples_of_any_kind():
