@@ -87,8 +87,10 @@ def _numbers(table: Any) -> np.ndarray:
     columns = zip(table.columns, table.dtypes, strict=True) if table.ndim == 2 else [(table.name, table.dtype)]
     wrong = [str(name) for name, dtype in columns if not is_numeric_dtype(dtype)]
     if wrong:
+        nameless = table.ndim == 1 and table.name is None
+        values = f"the values (dtype {table.dtype})" if nameless else f"the columns {wrong}"
         raise TypeError(
-            f"the columns {wrong} of a pandas {type(table).__name__} are no numbers; encode them (with "
+            f"{values} of a pandas {type(table).__name__} are no numbers; encode them (with "
             f"pandas.factorize, for instance), choose others, or bind the table to the model with functools.partial, "
             f"which leaves it as it is"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.chain_statistics import ess_bulk, r_hat
-from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, pareto_k_limit
+from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, above, pareto_k_limit
 
 __all__ = [
     "describe_draws",
@@ -155,7 +155,7 @@ def _notes(draws: Any, worst_r_hat: float) -> list[str]:
     """What a person should know before they trust the numbers."""
     notes = []
     if worst_r_hat > R_HAT_OF_DISAGREEMENT:
-        notes.append(f"chains disagree: R-hat up to {worst_r_hat:.2f}, above {R_HAT_OF_DISAGREEMENT}")
+        notes.append(f"chains disagree: R-hat up to {above(worst_r_hat, R_HAT_OF_DISAGREEMENT)}")
     if draws.pareto_k is not None and not draws.pareto_k <= (limit := pareto_k_limit(draws.log_weights.numel())):
         notes.append(f"the weights are not reliable: Pareto k above {limit:.2g}")
     divergences = int(draws.stats["diverging"].sum()) if "diverging" in draws.stats else 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "CheckpointError",
@@ -11,6 +13,7 @@ __all__ = [
     "InferenceError",
     "InferenceWarning",
     "TrainingWarning",
+    "interruption_told",
     "report",
     "warn_user",
 ]
@@ -34,6 +37,17 @@ class TrainingWarning(UserWarning):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or that belongs to another model or another training run."""
+
+
+@contextmanager
+def interruption_told(text: str) -> Iterator[None]:
+    """Ctrl-C, whose KeyboardInterrupt says nothing, with a text; one that has a text is left alone."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            raise
+        raise KeyboardInterrupt(text) from None
 
 
 def warn_user(message: str, category: type[Warning] = InferenceWarning) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["MAX_R_HAT", "R_HAT_OF_DISAGREEMENT", "pareto_k_limit"]
+__all__ = ["MAX_R_HAT", "R_HAT_OF_DISAGREEMENT", "above", "pareto_k_limit"]
 
 # What a table calls good and sampling to a target waits for (Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021): some
 # 50 effective draws in each half of a chain, however many chains there are.
@@ -13,6 +13,13 @@ MAX_R_HAT = 1.01
 # What a run warns of: means of chains that differ by a variance of a tenth of that within a chain. Chains that agree
 # stay below it from ten effective draws in each half on, where 1.01 would cry wolf after each short run of many chains.
 R_HAT_OF_DISAGREEMENT = 1.05
+
+
+def above(value: float, limit: float) -> str:
+    """A number above a limit, with as many digits as it takes to see that: "1.051 > 1.05"."""
+    digits = next((digits for digits in range(2, 10) if float(f"{value:.{digits}f}") > limit), 10)
+    return f"{value:.{digits}f} > {limit}"
+
 
 _LARGEST_K = 0.7  # above it a practical number of draws does not help
 

@@ -72,11 +72,15 @@ def test_tensors_keep_their_identity():
 
 
 @pytest.mark.parametrize(
-    "table, kind",
-    [(pd.DataFrame({"name": ["u", "v"], "b": [1, 2]}), "DataFrame"), (pd.Series(["u"], name="name"), "Series")],
+    "table, said",
+    [
+        (pd.DataFrame({"name": ["u", "v"], "b": [1, 2]}), r"columns \['name'\] of a pandas DataFrame"),
+        (pd.Series(["u"], name="name"), r"columns \['name'\] of a pandas Series"),
+        (pd.Series(["u"], dtype="category"), r"values \(dtype category\) of a pandas Series"),
+    ],
 )
-def test_a_table_with_words_is_an_error(table, kind):
-    with pytest.raises(TypeError, match=rf"the columns \['name'\] of a pandas {kind} are no numbers; encode them"):
+def test_a_table_with_words_is_an_error(table, said):
+    with pytest.raises(TypeError, match=rf"the {said} are no numbers; encode them"):
         as_tensor(table)
 
 

@@ -21,7 +21,7 @@ from pyro_ebm import (
     sample,
     tilt,
 )
-from pyro_ebm.thresholds import MAX_R_HAT, R_HAT_OF_DISAGREEMENT, pareto_k_limit
+from pyro_ebm.thresholds import MAX_R_HAT, R_HAT_OF_DISAGREEMENT, above, pareto_k_limit
 
 BASE = dist.Normal(torch.zeros(2), 1.0).to_event(1)
 
@@ -78,3 +78,10 @@ def test_predictive_and_moments_name_it_too():
     moments = MomentEnergy(lambda v: v[..., :1])
     with pytest.warns(InferenceWarning, match=r"Pareto k = \d.\d\d, trusted up to 0.67; effective"):
         fit_moments(BASE, moments, [2.5], method="importance", num_samples=1000, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(1.3, "1.30 > 1.05"), (1.051, "1.051 > 1.05"), (1.05003, "1.05003 > 1.05")]
+)
+def test_what_is_above_a_limit_looks_so(value, said):
+    assert above(value, 1.05) == said

@@ -14,7 +14,7 @@ from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.display import describe_log_likelihood, log_likelihood_as_html
-from pyro_ebm.errors import report
+from pyro_ebm.errors import interruption_told, report
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.importance_sampler import ImportanceSampler
@@ -106,9 +106,10 @@ def importance(
     """
     whole_number("num_samples", num_samples, at_least=2)
     start = time.perf_counter()
-    sampler = ImportanceSampler(model, guide, args, dict(model_kwargs or {}), vectorize=vectorize)
-    sampler.choose_ways()
-    with random_stream(seed), torch.no_grad():
+    told = interruption_told("interrupted before all draws were made and weighed: there are no draws yet")
+    with random_stream(seed), torch.no_grad(), told:
+        sampler = ImportanceSampler(model, guide, args, dict(model_kwargs or {}), vectorize=vectorize)
+        sampler.choose_ways()
         chunks = [sampler.draw(min(_CHUNK, num_samples - k)) for k in range(0, num_samples, _CHUNK)]
     log_weights = torch.cat([chunk[0] for chunk in chunks])
     values = {site: torch.cat([chunk[1][site] for chunk in chunks])[None] for site in chunks[0][1]}

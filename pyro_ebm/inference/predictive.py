@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pyro.infer.mcmc.api import AbstractMCMC
 from torch import Tensor
 
 from pyro_ebm.arviz_statistics import psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.as_draws import as_draws, samples_as_draws
+from pyro_ebm.inference.chains.mcmc import MCMC
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.resampled import resampled
 from pyro_ebm.keywords import passes_keywords
@@ -77,6 +79,8 @@ def predictive(
             where ``draws`` do not fit the model; where, without ``draws``, the model has factors of its own.
     """
     kwargs = dict(model_kwargs or {})
+    if draws is None and any(isinstance(arg, Draws | MCMC | AbstractMCMC) for arg in args):
+        raise TypeError("predictive() takes draws by keyword, after the model's arguments: draws=...")
     if num_samples is not None:
         whole_number("num_samples", num_samples)
     if draws is not None:
@@ -126,12 +130,23 @@ def _forward(
             f"the model has factor(s) {factors}, which running it forward cannot respect; write them as a tilt of "
             f"the site they look at, or sample the latent sites and pass draws="
         )
+    _check_no_chains(given or {}, Layout.of(trace).shapes)
     runs = BatchedModel(free, args, kwargs, layout=Layout.of(trace))
     if given is None:
         return runs.run(None, num_samples, measure=nothing).values
     pieces = [{site: value[k : k + _CHUNK] for site, value in given.items()} for k in range(0, num_samples, _CHUNK)]
     parts = [runs.run(piece, measure=nothing).values for piece in pieces]
     return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
+
+
+def _check_no_chains(given: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    for name, value in given.items():
+        if name in shapes and value.ndim == len(shapes[name]) + 2 and value.shape[2:] == shapes[name]:
+            raise ValueError(
+                f"draws[{name!r}], of shape {tuple(value.shape)}, has dimensions for chains and draws before those "
+                f"of the site, {tuple(shapes[name])}: give draws= the Draws or the MCMC itself, or mcmc.get_samples(), "
+                f"which has no dimension for chains"
+            )
 
 
 def _resampled(

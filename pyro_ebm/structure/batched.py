@@ -338,9 +338,10 @@ def _number_of_test_runs(layout: Layout) -> int:
 
 
 def _told(error: Exception) -> str:
-    """The first line of an error, and how far the run came."""
-    lines = str(error).splitlines()
-    text = lines[0] if lines else type(error).__name__
+    """The first line of an error (of torch.vmap's the first sentence), and how far the run came."""
+    text = next(iter(str(error).splitlines()), type(error).__name__)
+    if text.startswith("vmap: "):  # what torch says then is for those who work on torch
+        text = text.partition(". ")[0]
     return text + "".join(getattr(error, "__notes__", ()))
 
 

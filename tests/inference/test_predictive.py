@@ -299,5 +299,20 @@ def test_samples_of_any_kind():
     samples = mcmc.get_samples()
     for draws in (mcmc, samples, {"mu": samples["mu"].numpy()}):
         assert torch.equal(predictive(noisy, draws=draws, seed=0)["mu"], samples["mu"])
-    with pytest.raises(ValueError, match=r"'mu'.*does not fit the model|'mu'.*do not fit the model"):
+    with pytest.raises(ValueError, match=r"'mu'.*has dimensions for chains and draws before"):
         predictive(noisy, draws=mcmc.get_samples(group_by_chain=True))
+
+
+def test_draws_given_in_other_ways_are_told():
+    y = torch.zeros(3)
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0).expand(y.shape).to_event(1), obs=y)
+
+    draws = Draws({"z": torch.zeros(4, 5, 2)}, "nuts")
+    with pytest.raises(TypeError, match="takes draws by keyword, after the model's arguments: draws="):
+        predictive(model, draws, y)
+    with pytest.raises(ValueError, match=r"draws\['z'\], of shape \(4, 5, 2\), has dimensions for chains and draws"):
+        predictive(model, y, draws=draws.values)
+    assert predictive(model, y, draws=draws)["z"].shape == (20, 2)

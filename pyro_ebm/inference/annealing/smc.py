@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
-from pyro_ebm.errors import report
+from pyro_ebm.errors import interruption_told, report
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.annealing.population import Pace, Population, anneal
 from pyro_ebm.inference.annealing.tempering import Annealing, Path, path_to
@@ -21,7 +21,7 @@ from pyro_ebm.inference.kernels.kernel import Kernel
 from pyro_ebm.inference.kernels.langevin import ULA
 from pyro_ebm.keywords import model_inputs
 from pyro_ebm.randomness import one_source, random_seed, streams
-from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT
+from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, above
 
 __all__ = ["SMC"]
 
@@ -121,7 +121,8 @@ class SMC:
         path = path_to(self.kernel, args, kwargs, guide=how.guide, base=how.base)
         seed = random_seed(self.seed, how.generator)
         base_seed, generator = streams(seed, how.generator, path.target.like.device)
-        with path.quiet(), tqdm(desc="smc", disable=not self.progress, unit=" temperatures") as bar:
+        told = interruption_told("interrupted before the particles reached the target: there are no draws yet")
+        with told, path.quiet(), tqdm(desc="smc", disable=not self.progress, unit=" temperatures") as bar:
             points = path.start(self.particles_per_island, self.num_islands, seed=base_seed, compile=how.compile)
             population = anneal(path, self.kernel, points, self.pace, generator=generator, bar=bar)
             draws = _as_draws(path, population)
@@ -185,7 +186,7 @@ def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: boo
         worst = max(worst_r_hat(value) for value in draws.values.values())
         if worst > R_HAT_OF_DISAGREEMENT:
             problems.append(
-                f"islands disagree (R-hat {worst:.2f} > {R_HAT_OF_DISAGREEMENT}): more particles_per_island, a guide "
+                f"islands disagree (R-hat {above(worst, R_HAT_OF_DISAGREEMENT)}): more particles_per_island, a guide "
                 f"that knows all modes, or more temperatures (target_ess nearer to 1)"
             )
         error = float(torch.as_tensor(draws.log_z.se).max())  # type: ignore[union-attr]

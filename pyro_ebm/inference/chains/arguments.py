@@ -121,8 +121,8 @@ def number_of_chains(density: LogDensity, given: Mapping[str, Tensor] | Tensor |
     return default
 
 
-def as_params(given: Any) -> Any:
-    """``initial_params`` with numbers, lists and arrays as tensors of floating-point numbers.
+def as_params(given: Any, option: str = "initial_params") -> Any:
+    """Starting points with numbers, lists and arrays as tensors of floating-point numbers.
 
     Raises:
         TypeError: naming the site, of what is no number.
@@ -130,8 +130,8 @@ def as_params(given: Any) -> Any:
     if given is None or isinstance(given, Tensor):
         return given
     if isinstance(given, Mapping):
-        return {name: _as_floats(f"initial_params[{name!r}]", value) for name, value in given.items()}
-    return _as_floats("initial_params", given)
+        return {name: _as_floats(f"{option}[{name!r}]", value) for name, value in given.items()}
+    return _as_floats(option, given)
 
 
 def _as_floats(name: str, value: Any) -> Tensor:

@@ -158,6 +158,11 @@ class MCMC:
         self._stock: StockChains | None = None
         self._draws: Draws | None = None
 
+    def __repr__(self) -> str:
+        state = "not run" if self._draws is None else "ran"
+        chains = f"{self.num_chains} chain{'s' * (self.num_chains != 1)}"
+        return f"MCMC({type(self.kernel).__name__}, {chains} x {self.num_samples} samples, {state})"
+
     def run(self, *args: Any, **kwargs: Any) -> Draws:
         """Warm up and draw.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_ebm.chain_statistics import r_hat
 from pyro_ebm.errors import report
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT
+from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, above
 
 __all__ = ["listed", "report_chains", "worst_r_hat"]
 
@@ -47,7 +47,7 @@ def report_chains(draws: Draws, *, strict: bool, interrupted: bool, max_divergen
         worst = max((worst_r_hat(value) for value in draws.values.values()), default=0.0)
         if worst > R_HAT_OF_DISAGREEMENT:
             problems.append(
-                f"chains disagree (R-hat {worst:.2f} > {R_HAT_OF_DISAGREEMENT}): run longer, start them from a good "
+                f"chains disagree (R-hat {above(worst, R_HAT_OF_DISAGREEMENT)}): run longer, start them from a good "
                 f'guide (init="importance", guide=...), or, where modes lie apart, use method="smc"'
             )
     kept = [f"interrupted: kept {draws.num_chains} chain(s) of {draws.num_draws} draws"] if interrupted else []

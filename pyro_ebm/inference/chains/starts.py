@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.inference.chains.arguments import as_params, check_names
 from pyro_ebm.inference.chains.report import listed
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.density.strategy import points_by_strategy
@@ -51,7 +52,8 @@ def chain_starts(
             points of some chains.
     """
     if isinstance(init, Mapping):
-        return given_starts(density, num_chains, _from_values(density, init, num_chains), guide=guide), "given"
+        points = _from_values(density, as_params(init, "init"), num_chains)
+        return given_starts(density, num_chains, points, guide=guide), "given"
     if callable(init):
         with forked_rng(seed):
             points = _redrawn(density, num_chains, lambda n: points_by_strategy(density, n, init))
@@ -97,6 +99,8 @@ def _by_rule(
 
 
 def _from_values(density: LogDensity, values: Mapping[str, Tensor], num_chains: int) -> Tensor:
+    if density.target is not None:
+        check_names("init", values.keys() - density.target.layout.shapes, density.shapes)  # others may be there
     for name, value in values.items():
         if value.ndim == 0 or len(value) != num_chains:
             raise ValueError(f"init[{name!r}] must have {num_chains} rows, one a chain, got shape {tuple(value.shape)}")
@@ -143,8 +147,11 @@ def _check_finite(density: LogDensity, points: Tensor, rule: str, guide: Callabl
     chains = listed(bad.reshape(len(bad), -1).any(1))
     where = f" (data {listed(bad.any(0))})" if bad.ndim > 1 else ""
     working = _working_rules(density, len(points), rule, guide)
+    holes = [] if density.target is None else _with_nan(density.target.observed)
     remedy = (
-        f"start elsewhere: {' or '.join(working)} works here"
+        f"the observed site(s) {holes} hold NaN: leave those data out, or mask them"
+        if holes and not working
+        else f"start elsewhere: {' or '.join(working)} works here"
         if working
         else "no other way to start works either: check the model, its data and its energy"
     )
@@ -152,6 +159,10 @@ def _check_finite(density: LogDensity, points: Tensor, rule: str, guide: Callabl
     raise ValueError(
         f"the density is zero or not finite at the starting points of chain(s) {chains}{where}, {how}; {remedy}"
     )
+
+
+def _with_nan(observed: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, value in observed.items() if bool(torch.as_tensor(value).isnan().any())]
 
 
 def _working_rules(density: LogDensity, num: int, failed: str, guide: Callable[..., Any] | None) -> list[str]:

@@ -108,7 +108,7 @@ def hamiltonian_step(
 
 
 @named_elsewhere
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class HMC(Kernel):
     r"""Hamiltonian Monte Carlo with trajectories of a fixed length, one number of steps for all chains.
 
@@ -171,7 +171,7 @@ class HMC(Kernel):
 
 
 @named_elsewhere
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ChEES(HMC):
     r"""Jittered Hamiltonian Monte Carlo whose trajectory length is learned by many chains together.
 

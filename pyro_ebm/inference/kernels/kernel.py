@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -84,7 +84,7 @@ class Info(NamedTuple):
 Step = Callable[[State], tuple[State, Info]]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Kernel(ABC):
     """A Markov kernel that moves many chains at once.
 
@@ -128,13 +128,13 @@ class Kernel(ABC):
     max_plate_nesting: int | None = None
     target_accept_prob: float = 0.8
     init_strategy: Callable[..., Any] | None = None
-    jit_compile: bool = field(default=False, repr=False)
-    jit_options: dict[str, Any] | None = field(default=None, repr=False)
-    ignore_jit_warnings: bool = field(default=False, repr=False)
-    use_multinomial_sampling: bool = field(default=True, repr=False)
-    max_tree_depth: int = field(default=10, repr=False)
-    min_stepsize: float = field(default=1e-10, repr=False)
-    max_stepsize: float = field(default=1e10, repr=False)
+    jit_compile: bool = False
+    jit_options: dict[str, Any] | None = None
+    ignore_jit_warnings: bool = False
+    use_multinomial_sampling: bool = True
+    max_tree_depth: int = 10
+    min_stepsize: float = 1e-10
+    max_stepsize: float = 1e10
     independent: str | None = None
     vectorize: str = "auto"
 
@@ -155,6 +155,14 @@ class Kernel(ABC):
             raise ValueError(f"vectorize must be one of {VECTORIZE}, got {self.vectorize!r}")
         check_full_mass(self.full_mass)
         warn_of_ignored(self)
+
+    def __repr__(self) -> str:
+        """One line: the model and the options that were set, as they were given."""
+        options = {field.name: field.default for field in fields(self) if field.name not in ("model", "potential_fn")}
+        given = {name: self.__dict__[name] for name, default in options.items() if self.__dict__[name] != default}
+        shown = [f"{name}={_in_a_line(value)}" for name, value in given.items()]
+        model = getattr(self.target, "__name__", type(self.target).__name__)
+        return f"{type(self).__name__}({', '.join([model, *shown])})"
 
     @property
     def target(self) -> Any:
@@ -281,6 +289,14 @@ class Kernel(ABC):
             value_and_grad: maps (chains, *batch, dim) to log densities (chains, *batch) and gradients.
             generator: source of all randomness.
         """
+
+
+def _in_a_line(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {type(each).__name__}' for name, each in value.items())}}}"
+    if callable(value):
+        return str(getattr(value, "__name__", type(value).__name__))
+    return " ".join(repr(value).split())
 
 
 def uniforms(like: Tensor, generator: torch.Generator) -> Tensor:

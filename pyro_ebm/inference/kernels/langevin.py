@@ -16,7 +16,7 @@ __all__ = ["MALA", "ULA"]
 
 
 @named_elsewhere
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MALA(Kernel):
     r"""Metropolis-adjusted Langevin: a Langevin step, accepted or not so that the target is exact.
 
@@ -57,7 +57,7 @@ class MALA(Kernel):
 
 
 @named_elsewhere
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ULA(MALA):
     r"""Unadjusted Langevin: every step is taken, so the draws follow a distribution near the target, not the target.
 

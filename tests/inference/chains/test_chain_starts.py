@@ -149,7 +149,7 @@ def test_given_values_are_those_of_the_sites():
         ({"z": torch.zeros(4, 3)}, r"init\['z'\] must have 5 rows, one a chain, got shape \(4, 3\)"),
         ({"z": torch.tensor(0.0)}, r"init\['z'\] must have 5 rows, one a chain, got shape \(\)"),
         ({"z": torch.zeros(5, 2)}, r"values\['z'\] must have shape \(\*chains, 3\), got \(5, 2\)"),
-        ({"y": torch.zeros(5, 3)}, r"values lacks the site\(s\) \['z'\]"),
+        ({"x": torch.zeros(5, 3)}, r"values lacks the site\(s\) \['z'\]"),
     ],
 )
 def test_given_values_of_the_wrong_shape(values, message):
@@ -180,9 +180,26 @@ def test_bad_starts_name_the_chains_and_what_works(bad):
 
 def test_bad_data_are_named_too():
     density = LogDensity.from_model(posterior, torch.tensor([0.0, torch.nan, 1.0]), independent="data")
-    message = r"chain\(s\) 0, 1 \(data 1\), found by init='prior'; no other way to start works either"
+    message = r"chain\(s\) 0, 1 \(data 1\), found by init='prior'; the observed site\(s\) \['x'\] hold NaN"
     with pytest.raises(ValueError, match=message):
         starts(density, 2)
+
+
+def test_where_nothing_works_the_model_is_to_be_checked():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("nowhere", torch.tensor(-torch.inf))
+
+    with pytest.raises(ValueError, match="no other way to start works either: check the model, its data and its en"):
+        starts(LogDensity.from_model(model), 2)
+
+
+def test_values_of_unknown_sites_and_of_numbers():
+    density = LogDensity.from_model(posterior, X)
+    with pytest.raises(ValueError, match=r"init names the site\(s\) \['typo'\]; the latent sites are \['z'\]"):
+        starts(density, 2, init={"typo": torch.zeros(2, 3)})
+    u, rule = starts(density, 2, init={"z": [[0.0, 1.0, 2.0]] * 2, "x": X.expand(2, 3)})
+    assert rule == "given" and u.tolist() == [[0.0, 1.0, 2.0]] * 2
 
 
 def test_the_rule_that_works_is_offered():

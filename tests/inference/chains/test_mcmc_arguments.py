@@ -11,6 +11,7 @@ from pyro import infer
 from torch.distributions import transforms
 
 from pyro_ebm import HMC, MCMC, ChEES
+from pyro_ebm.structure import DoesNotBroadcast
 
 FEW = {"num_samples": 3, "warmup_steps": 3, "progress": False}
 EITHER = pytest.mark.parametrize("kernel", [HMC, infer.NUTS])
@@ -56,3 +57,38 @@ def test_a_class_is_no_kernel():
     for kernel in (HMC, ChEES, infer.NUTS):
         with pytest.raises(TypeError, match=rf"kernel is the class {kernel.__name__}: call it"):
             MCMC(kernel, **FEW)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ebm.InferenceWarning")
+@pytest.mark.parametrize("kernel", [lambda: ChEES(model, step_size=0.1, full_mass=True), lambda: infer.NUTS(model)])
+def test_a_run_in_one_line(kernel):
+    mcmc = MCMC(kernel(), num_chains=2, seed=0, **FEW)
+    name = type(mcmc.kernel).__name__
+    assert repr(mcmc) == f"MCMC({name}, 2 chains x 3 samples, not run)"
+    before = repr(mcmc.kernel)
+    mcmc.run()
+    assert repr(mcmc) == f"MCMC({name}, 2 chains x 3 samples, ran)"
+    if name == "ChEES":
+        assert repr(mcmc.kernel) == before == "ChEES(model, step_size=0.1, full_mass=True)"
+
+
+def test_settings_of_a_kernel_in_one_line():
+    kernel = HMC(
+        dist.Normal(0.0, 1.0).expand((3,)).to_event(1),
+        num_steps=4,
+        transforms={"z": transforms.ComposeTransform([transforms.ExpTransform(), transforms.ExpTransform()])},
+        init_strategy=infer.autoguide.init_to_median,
+    )
+    said = "HMC(Independent, transforms={z: ComposeTransform}, init_strategy=init_to_median, num_steps=4)"
+    assert repr(kernel) == said
+    assert repr(HMC(potential_fn=model)) == "HMC(model)"
+
+
+def test_of_what_vmap_says_the_first_sentence_is_kept():
+    def branching():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0 if z > 0 else 2.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(DoesNotBroadcast, match=r"data-dependent control flow \(after site 'z'\); index") as told:
+        MCMC(HMC(branching), **FEW).run()
+    assert "please" not in str(told.value)
