@@ -119,9 +119,9 @@ def to_arviz(
     """
     draws = as_draws(draws)
     given = draws
+    chosen = Resampled(draws) if keep_weights else resampled(draws)
     if not keep_weights:
         warn_of_weights(draws)
-    chosen = Resampled(draws) if keep_weights else resampled(draws)
     draws = chosen.draws
     kept = fewer_chains(draws, chains)
     sites = ModelSites() if draws.source is None else model_sites(draws.source)

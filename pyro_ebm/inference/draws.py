@@ -202,6 +202,8 @@ class Draws:
         device = self._any.device
         where = device if generator is None else generator.device
         weights = self._weights().to(where)
+        if bool(weights.isnan().any()):
+            raise ValueError("log_weights are NaN, infinite or all -inf: draws cannot be chosen by them; sample again")
         shift = torch.rand((), generator=generator, dtype=torch.float64, device=where)
         places = (torch.arange(num_samples, device=where) + shift) / num_samples
         index = torch.searchsorted(weights.cumsum(0), places, right=True).clamp(max=len(weights) - 1)

@@ -93,7 +93,7 @@ def warn_of_weights(draws: Draws) -> None:
 
 
 def _number(draws: Draws, ess: float) -> int:
-    num = _OF_A_GRID if draws.method == "quadrature" else max(int(ess), _FEWEST)
+    num = _OF_A_GRID if draws.method == "quadrature" else int(max(_FEWEST, ess))  # NaN: 100, which are refused
     return num - num % _CHAINS
 
 

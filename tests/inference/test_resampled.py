@@ -64,3 +64,11 @@ def test_what_weighs_the_same_is_kept():
     found, rows, told = resampled(particles)
     assert rows is None and found.log_weights is None and "weigh the same" in told
     assert found.values["z"] is particles.values["z"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(value):
+    draws = tilted_normal(0.0, log_weights=torch.full((1, 2000), value))
+    for choose in (resampled, Draws.equally_weighted):
+        with pytest.raises(ValueError, match=r"log_weights are NaN, infinite or all -inf: .* sample again"):
+            choose(draws)
