@@ -137,7 +137,10 @@ def sample(
         smc = _smc(model, guide, options, particles_per_island=num_samples, num_islands=num_chains, seed=seed)
         return smc.run(*args, **kwargs)
     mcmc = _mcmc(method, model, options, num_samples=num_samples, num_chains=num_chains, guide=guide, seed=seed)
-    return mcmc.run(*args, **kwargs) if target is None else run_until(mcmc, target, args, kwargs, began=began)
+    draws = mcmc.run(*args, **kwargs) if target is None else run_until(mcmc, target, args, kwargs, began=began)
+    if not draws.values:  # MCMC lets such a model pass, as Pyro does
+        raise ValueError("the model has no latent sample sites: nothing to sample")
+    return draws
 
 
 def _target(method: str, ess: float | None, max_seconds: float | None, num_samples: int | None) -> Target | None:

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import init_to_median, init_to_value
 from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule, PyroSample
 
-from pyro_ebm import HMC, MCMC, InferenceWarning
+from pyro_ebm import HMC, MCMC, InferenceWarning, sample
 from pyro_ebm import ChEES as NUTS
 from pyro_ebm.inference.density.capture import captured
 from pyro_ebm.structure import DoesNotBroadcast
@@ -274,6 +274,20 @@ def test_a_model_without_sites_runs(kernel, num_chains, capsys):
     mcmc.summary()
     assert f"= {4 * num_chains} draws by" in capsys.readouterr().out
     assert repr(mcmc.draws).endswith("draws, {})") and mcmc.draws._repr_html_()
+
+
+@pytest.mark.parametrize("kernel", [HMC, NUTS])
+def test_a_model_whose_sites_are_all_observed_runs(kernel):
+    """What collapse_conjugate leaves, say; sample() has nothing to return of it."""
+
+    def model(data):
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=data)
+
+    mcmc = run(kernel(model), torch.tensor(0.5), num_samples=4, warmup_steps=2)
+    assert mcmc.get_samples() == {} and mcmc.draws.num_draws == 4
+    assert torch.allclose(mcmc.draws.stats["lp"], dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)))
+    with pytest.raises(ValueError, match="no latent sample sites"):
+        sample(model, torch.tensor(0.5), method="chees", progress=False)
 
 
 # Pyro's own kernels, as they are

@@ -27,7 +27,7 @@ from pyro_ebm.inference.chains.arguments import (
 )
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.report import report_chains
-from pyro_ebm.inference.chains.siteless import run_without_sites
+from pyro_ebm.inference.chains.siteless import run_without_sites, without_sites
 from pyro_ebm.inference.chains.starts import chain_starts, given_starts
 from pyro_ebm.inference.chains.stock import Hook, StockChains
 from pyro_ebm.inference.chains.tables import diagnostics_of, headline, table
@@ -180,6 +180,8 @@ class MCMC:
         args, kwargs = model_inputs(self.kernel.model, args, kwargs)
         if isinstance(self.kernel, MCMCKernel):
             return self._run_stock(args, kwargs)
+        if (fixed := without_sites(self.kernel.model, args, kwargs)) is not None:
+            return self._run_without_sites(self.kernel, fixed)
         return self.run_with(self._fixed_number, args, kwargs)
 
     def _fixed_number(self, chains: Chains) -> dict[str, Any]:
@@ -216,7 +218,7 @@ class MCMC:
         began = time.perf_counter()
         self._draws = None
         if self.kernel.potential_fn is not None and not self.initial_params:
-            return self._run_without_sites(self.kernel)
+            return self._run_without_sites(self.kernel, self.kernel.target)
         density = self._density(self.kernel, args, kwargs)
         if density.by_name:
             check_names("transforms", self._asked_transforms, density.shapes)
@@ -259,10 +261,10 @@ class MCMC:
         )
         return self._draws
 
-    def _run_without_sites(self, kernel: Kernel) -> Draws:
+    def _run_without_sites(self, kernel: Kernel, potential: Callable[..., Any]) -> Draws:
         self.num_chains, self.transforms = self._asked_chains or 1, {}
         self._draws = run_without_sites(
-            kernel.target,
+            potential,
             lambda stage, index: None if self.hook_fn is None else self.hook_fn(kernel, {}, stage, index),
             method=kernel.name,
             num_chains=self.num_chains,

@@ -1,4 +1,4 @@
-"""Chains of a potential without values: nothing moves, but the run is one, as in Pyro."""
+"""Chains of a potential or a model without values to draw: nothing moves, but the run is one, as in Pyro."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
+from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws
+from pyro_ebm.structure import latent_sites, prototype_trace
 
-__all__ = ["run_without_sites"]
+__all__ = ["run_without_sites", "without_sites"]
+
+
+def without_sites(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Tensor] | None:
+    """The potential of a model that has nothing to draw (all is observed, or collapsed); None of any other."""
+    if not callable(model) or isinstance(model, LogDensity | Distribution):
+        return None
+    trace = prototype_trace(model, args, kwargs)
+    return None if latent_sites(trace) else lambda values: -trace.log_prob_sum()
 
 
 def run_without_sites(
