@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 
-from pyro_ebm import SMC, importance, sample
+from pyro_ebm import HMC, MCMC, SMC, importance, sample
 
 
 def stopping(after):
@@ -27,6 +27,7 @@ def stopping(after):
     [
         (lambda model: importance(model), (0, 4)),
         (lambda model: sample(model, method="snis"), (0, 4)),
+        (lambda model: MCMC(HMC(model), 3, progress=False).run(), (0, 2)),
         (lambda model: SMC(model, particles_per_island=8, progress=False).run(), (6,)),
     ],
 )

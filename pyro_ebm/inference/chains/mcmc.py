@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.errors import interruption_told
 from pyro_ebm.inference.chains.arguments import (
     as_params,
     check_kernel,
@@ -177,12 +178,13 @@ class MCMC:
         Warns:
             InferenceWarning: when the draws cannot be trusted.
         """
-        args, kwargs = model_inputs(self.kernel.model, args, kwargs)
-        if isinstance(self.kernel, MCMCKernel):
-            return self._run_stock(args, kwargs)
-        if (fixed := without_sites(self.kernel.model, args, kwargs)) is not None:
-            return self._run_without_sites(self.kernel, fixed)
-        return self.run_with(self._fixed_number, args, kwargs)
+        with interruption_told("interrupted before the first step: there are no draws yet"):
+            args, kwargs = model_inputs(self.kernel.model, args, kwargs)
+            if isinstance(self.kernel, MCMCKernel):
+                return self._run_stock(args, kwargs)
+            if (fixed := without_sites(self.kernel.model, args, kwargs)) is not None:
+                return self._run_without_sites(self.kernel, fixed)
+            return self.run_with(self._fixed_number, args, kwargs)
 
     def _fixed_number(self, chains: Chains) -> dict[str, Any]:
         chains.extend(self.num_samples, thin=self.thin)
