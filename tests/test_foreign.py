@@ -80,7 +80,7 @@ def test_a_forgotten_model(call):
     [
         lambda data: sample(model, data),
         lambda data: MCMC(HMC(model), 5, progress=False).run(data),
-        lambda data: MCMC(infer.NUTS(model), 5, progress=False, initial_params={"m": 0.0}).run(data),
+        lambda data: MCMC(infer.NUTS(model), 5, progress=False).run(data),
         lambda data: pyro_nuts(model, data, progress=False),
         lambda data: importance(model, None, data),
     ],

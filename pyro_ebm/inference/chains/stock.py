@@ -75,11 +75,10 @@ class StockChains:
     def _check_names(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Where Pyro would raise a KeyError, or take no notice."""
         model = getattr(self.kernel, "model", None)
-        given = {"initial_params": self.initial_params, "transforms": self.transforms}
-        if model is None or not any(given.values()):
+        if model is None:
             return
-        sites = latent_sites(prototype_trace(untilted(model), args, kwargs))
-        for option, values in given.items():
+        sites = latent_sites(prototype_trace(untilted(model), args, kwargs))  # says what is wrong with the data, too
+        for option, values in (("initial_params", self.initial_params), ("transforms", self.transforms)):
             check_names(option, values, sites)  # type: ignore[arg-type]
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Draws:
