@@ -31,9 +31,7 @@ def as_log_density(target: Any, *args: Any, **kwargs: Any) -> LogDensity:
         return target
     if isinstance(target, Distribution):
         return LogDensity.from_distribution(target)
-    if callable(target):
-        return LogDensity.from_model(target, *args, **kwargs)
-    raise TypeError(f"target must be a LogDensity, a distribution or a Pyro model, got {type(target).__name__}")
+    return LogDensity.from_model(target, *args, **kwargs)
 
 
 @passes_keywords()
