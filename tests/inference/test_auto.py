@@ -231,6 +231,7 @@ def test_models_for_chains_one_by_one(monkeypatch):
     assert seen["seed"] == 0 and not seen["progress"] and seen["guide"] is None
 
 
+@pytest.mark.slow
 def test_discrete_sites_are_summed_out_of_batched_chains(small):
     draws = sample(discrete, ess=300, **QUIET)
     assert steps(draws)[0].startswith("snis: Pareto k") and draws.method == "chees" and list(draws.values) == ["z"]

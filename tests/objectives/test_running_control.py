@@ -102,6 +102,7 @@ def test_decay_zero_changes_nothing():
     assert torch.equal(*runs)
 
 
+@pytest.mark.slow
 def test_tilt_with_few_draws_is_less_too_sharp():
     """Aggregate posterior N(A, (1 + 0.25) I) in mean: maximum likelihood is a = A; 16 draws overshoot."""
     x = A + torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))

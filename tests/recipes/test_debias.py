@@ -219,6 +219,7 @@ def without_seconds(result: DebiasResult) -> tuple[dict[str, Any], pd.DataFrame]
     return summary, result.comparison.drop(columns=["seconds", "ess_per_second"])
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything(tiny, rng_untouched):
     with rng_untouched():
         first, again = (run(seed=3, methods=("snis", "hmc")) for _ in range(2))

@@ -97,6 +97,7 @@ def agree(draws, exact):
 # The numbers
 
 
+@pytest.mark.slow
 def test_tilted_prior_meets_quadrature(method):
     agree(long_run(method), quadrature(tilt(prior, {"z": bent})))
 
