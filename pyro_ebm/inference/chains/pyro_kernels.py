@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.devices import one_thread
-from pyro_ebm.inference.chains.recording import CountedPotential, OutOfTimeError, RecordedChain, stacked
+from pyro_ebm.inference.chains.recording import CountedPotential, OutOfTimeError, RecordedChain, quiet_jit, stacked
 from pyro_ebm.inference.chains.report import report_chains
 from pyro_ebm.inference.chains.starting_points import StartingPoints
 from pyro_ebm.inference.draws import Draws, Source
@@ -178,10 +177,7 @@ class _Run:
     ) -> Draws:
         start = time.perf_counter()
         model = unnormalized(model)
-        with random_stream(self.seed), frozen(model), warnings.catch_warnings():
-            # Pyro compiles through torch.jit, whose deprecation its users can do nothing about.
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        with random_stream(self.seed), frozen(model), quiet_jit():
             # Validates the user's model, once and without its tilt; Pyro's own runs do not.
             trace = prototype_trace(untilted(model), args, kwargs)
             check_no_subsampling(trace)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +15,19 @@ from pyro.infer import HMC
 from torch import Tensor
 from tqdm.auto import tqdm
 
-__all__ = ["CountedPotential", "OutOfTimeError", "RecordedChain", "stacked"]
+__all__ = ["CountedPotential", "OutOfTimeError", "RecordedChain", "quiet_jit", "stacked"]
 
 _LEAST_DRAWS = 4  # with fewer there is no R-hat
 _STATS = ("lp", "acceptance_rate", "step_size", "n_steps", "diverging")
+
+
+@contextmanager
+def quiet_jit() -> Iterator[None]:
+    """Pyro compiles through torch.jit, whose deprecation its users can do nothing about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        yield
 
 
 class OutOfTimeError(Exception):

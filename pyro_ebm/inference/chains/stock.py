@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.poutine import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.devices import one_thread
 from pyro_ebm.inference.chains.arguments import check_names, check_saved
-from pyro_ebm.inference.chains.recording import RecordedChain, stacked
+from pyro_ebm.inference.chains.recording import RecordedChain, quiet_jit, stacked
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace, untilted
@@ -72,32 +72,36 @@ class StockChains:
                     f"initial_params[{name!r}] must have {self.num_chains} rows, one a chain, got {tuple(value.shape)}"
                 )
 
-    def _check_names(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Where Pyro would raise a KeyError, or take no notice."""
+    def _prototype(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace | None:
+        """One run of the model, which says what is wrong with the data, too; None for a potential."""
         model = getattr(self.kernel, "model", None)
-        if model is None:
-            return
-        sites = latent_sites(prototype_trace(untilted(model), args, kwargs))  # says what is wrong with the data, too
+        return None if model is None else prototype_trace(untilted(model), args, kwargs)
+
+    def _check_names(self, trace: Trace) -> None:
+        """Where Pyro would raise a KeyError, or take no notice."""
+        sites = latent_sites(trace)
         for option, values in (("initial_params", self.initial_params), ("transforms", self.transforms)):
             check_names(option, values, sites)  # type: ignore[arg-type]
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Draws:
         """Draw; after Ctrl-C what is there."""
         began = time.perf_counter()
-        self._check_names(args, kwargs)
+        trace = self._prototype(args, kwargs)
+        if trace is not None:
+            self._check_names(trace)
         name = type(self.kernel).__name__.lower()
         total = self.num_chains * (self.num_samples + self.warmup_steps)
         with (
             random_stream(self.seed),
             one_thread(),
-            warnings.catch_warnings(),
+            quiet_jit(),
             tqdm(total=total, desc=name, disable=not self.progress, mininterval=0.5) as bar,
         ):
-            # Pyro compiles through torch.jit, whose deprecation its users can do nothing about.
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
             chains = self._chains(bar, args, kwargs)
-        return self._collect(chains, name, time.perf_counter() - began, args, kwargs)
+        draws = self._collect(chains, name, time.perf_counter() - began)
+        if trace is None:
+            return draws
+        return replace(draws, observed=observed_sites(trace), source=Source(self.kernel.model, args, kwargs))
 
     def _chains(self, bar: tqdm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[RecordedChain]:
         chains: list[RecordedChain] = []
@@ -148,14 +152,7 @@ class StockChains:
         single = self.num_chains == 1
         return {name: value.clone() if single else value[index].clone() for name, value in self.initial_params.items()}
 
-    def _collect(
-        self,
-        chains: list[RecordedChain],
-        name: str,
-        seconds: float,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Draws:
+    def _collect(self, chains: list[RecordedChain], name: str, seconds: float) -> Draws:
         warm = max(chain.warmup for chain in chains)
         length = min(chain.num_draws for chain in chains)
         check_saved(self.save_params, chains[0].params[0])
@@ -164,14 +161,11 @@ class StockChains:
         if self.keep_warmup and warm:
             early, early_stats = self._part(chains, slice(0, warm))
             warmup = Draws(early, name, early_stats)
-        model = getattr(self.kernel, "model", None)
         return Draws(
             values=values,
             method=name,
             stats=stats,
             warmup=warmup,
-            observed={} if model is None else observed_sites(prototype_trace(untilted(model), args, kwargs)),
-            source=None if model is None else Source(model, args, kwargs),
             num_gradients=sum(chain.count for chain in chains) or None,
             seconds=seconds,
             sampling_seconds=sum(chain.ended - chain.started for chain in chains),
