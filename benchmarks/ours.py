@@ -59,9 +59,7 @@ def ours_smc(target: Target, start: np.ndarray, *, warmup: int, draws: int, seed
 def ours_snis(target: Target, start: np.ndarray, *, warmup: int, draws: int, seed: int) -> Run:
     """Importance sampling from the prior (or the guide), as many draws as the chains make together."""
     begin = time.perf_counter()
-    found = _quietly(
-        importance, target.model, target.guide, *target.args, num_samples=draws * len(start), seed=seed
-    )
+    found = _quietly(importance, target.model, target.guide, *target.args, num_samples=draws * len(start), seed=seed)
     seconds = time.perf_counter() - begin
     assert found.log_weights is not None
     return Run(flat(target, found), seconds, seconds, log_weights=found.log_weights.numpy())

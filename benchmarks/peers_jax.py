@@ -20,6 +20,7 @@ from benchmarks.targets_jax import log_density
 
 jax.devices()  # starts XLA's runtime, as an import would
 
+
 def numpyro_nuts(
     target: Target, start: np.ndarray, *, warmup: int, draws: int, seed: int, target_accept: float = 0.8
 ) -> Run:

@@ -11,11 +11,12 @@ from tests.zoo.case import Case
 from tests.zoo.composition import COMPOSITION
 from tests.zoo.discrete import DISCRETE
 from tests.zoo.habits import HABITS
+from tests.zoo.harder import HARDER
 from tests.zoo.kinds import KINDS
 from tests.zoo.shapes import SHAPES
 from tests.zoo.supports import SUPPORTS
 
-CASES: list[Case] = [*SHAPES, *SUPPORTS, *COMPOSITION, *DISCRETE, *KINDS, *HABITS]
+CASES: list[Case] = [*SHAPES, *SUPPORTS, *COMPOSITION, *DISCRETE, *KINDS, *HARDER, *HABITS]
 
 
 def cases(wanted: Callable[[Case], bool] = lambda case: True) -> list[Any]:

@@ -55,9 +55,7 @@ def _joint(n=3):
 
 case(name="condition", answers={"z": normal_mean(Y)})(poutine.condition(_joint, data={"y": Y}))
 case(name="do", answers={"y": (torch.full((3,), 2.0), 1.0)})(poutine.do(_joint, data={"z": torch.tensor(2.0)}))
-case(name="block", answers={"z": (0.0, 1.0)})(
-    poutine.block(poutine.condition(_joint, data={"y": Y}), hide=["y"])
-)
+case(name="block", answers={"z": (0.0, 1.0)})(poutine.block(poutine.condition(_joint, data={"y": Y}), hide=["y"]))
 
 
 @case(Y, answers={"z": normal_mean(Y, noise=math.sqrt(2))})

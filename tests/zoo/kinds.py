@@ -176,9 +176,7 @@ def capture_recapture(caught):
         pyro.sample("caught", dist.Binomial(10, p), obs=caught)
 
 
-@case(
-    torch.tensor([0.5, 1.2, 2.0]), torch.tensor([True, True, False]), answers={"rate": of_gamma(4.0, 4.7)}, ways=VMAP
-)
+@case(torch.tensor([0.5, 1.2, 2.0]), torch.tensor([True, True, False]), answers={"rate": of_gamma(4.0, 4.7)}, ways=VMAP)
 def censored_survival(time, died):
     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
     life = dist.Exponential(rate)

@@ -76,9 +76,7 @@ def dirichlet(y):
 
 @case(
     torch.tensor([0, 0, 1]),
-    answers=grid(
-        lambda a, b: -(a**2 + b**2) / 2 + 2 * a + b - 3 * (1 + a.exp() + b.exp()).log(), a=(-7, 7), b=(-7, 7)
-    ),
+    answers=grid(lambda a, b: -(a**2 + b**2) / 2 + 2 * a + b - 3 * (1 + a.exp() + b.exp()).log(), a=(-7, 7), b=(-7, 7)),
 )
 def simplex_logits(y):
     a, b = pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.sample("b", dist.Normal(0.0, 1.0))
@@ -96,9 +94,7 @@ def _root(power):
 _off, _diagonal = math.sqrt(0.2), math.sqrt(_root(2) - _root(1) ** 2)
 
 
-@case(
-    answers={"L": (torch.tensor([[1, 0], [0, _root(1)]]), torch.tensor([[0, 0], [_off, _diagonal]]))}, **DRAWN_ALONE
-)
+@case(answers={"L": (torch.tensor([[1, 0], [0, _root(1)]]), torch.tensor([[0, 0], [_off, _diagonal]]))}, **DRAWN_ALONE)
 def lkj_cholesky():
     pyro.sample("L", dist.LKJCholesky(2, 2.0))
 
@@ -112,7 +108,8 @@ _five = torch.tensor(5.0)
 
 
 @case(
-    answers={"W": (5 * torch.eye(2), torch.tensor([[10.0, 5.0], [5.0, 10.0]]).sqrt())}, draws=("plate", "loop"),
+    answers={"W": (5 * torch.eye(2), torch.tensor([[10.0, 5.0], [5.0, 10.0]]).sqrt())},
+    draws=("plate", "loop"),
     has_density=False,  # torch has no transform to it
 )
 def wishart():
