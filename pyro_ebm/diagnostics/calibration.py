@@ -26,6 +26,7 @@ from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
     Layout,
+    check_simulates,
     latent_sites,
     observed_sites,
     prototype_trace,
@@ -246,6 +247,7 @@ class _Study:
         self.model, self.sampler, self.call, self.quantities = model, sampler, call, quantities
         self.base, self.tilted = untilted(model), tilted_call(model)
         trace = prototype_trace(self.base, *call)
+        check_simulates(trace, "simulation-based calibration", "give the site a proper prior", scales=True)
         self.given = observed_sites(trace)
         random = [*latent_sites(trace), *self.given]
         wrong = [name for name in observed if name not in random]

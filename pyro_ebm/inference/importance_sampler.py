@@ -1,40 +1,38 @@
-"""Weighted draws of a model and guide pair: by Pyro's vectorized sampler, or with the same weights where it fails."""
+"""Weighted draws of a model and guide pair: the model's joint density over that of the draws."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
 
-from pyro_ebm.inference.density.model_target import check_proposes
+from pyro_ebm.inference.density.guides import check_proposes
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
     Layout,
     check_no_subsampling,
+    drawn_log_prob,
+    idle_masks,
     is_observed,
-    keep_dims,
+    latent_masks,
     latent_sites,
     nothing,
     observed_sites,
-    padded_shape,
     prototype_trace,
-    sample_sites,
     scaled_log_prob,
     slowest,
     subsampling_scale,
     unnormalized,
     untilted,
+    within_support,
 )
 
-__all__ = ["ImportanceSampler", "site_log_probs"]
+__all__ = ["ImportanceSampler"]
 
 _FEW = 8  # draws on which the ways to run model and guide are tried
 
@@ -81,6 +79,7 @@ class ImportanceSampler:
             guide_trace = prototype_trace(guide, args, kwargs)
             check_proposes(self.sites, guide_trace)
             proposed = Layout.of(guide_trace)
+        self._masks, self._idle = latent_masks(trace), dict[str, Tensor]()
         keep = (-1,) if per_datum else ()
         options: dict[str, Any] = {"vectorize": vectorize, "keep": keep}
         self.proposal = BatchedModel(self.guide, args, kwargs, layout=proposed, returned=self.sites, **options)
@@ -97,60 +96,41 @@ class ImportanceSampler:
         Raises:
             DoesNotBroadcast: where the one way asked for serves not both.
         """
-        if like is not None:
+        if like is None:
+            self.proposal.choose(measure=self._drawn)
+        else:
             self.proposal.way, self.joint.way = like.proposal.way, like.joint.way
-            return
-        self.proposal.choose()
+            if not self._masks:
+                return
         with forked_rng(0), torch.no_grad(), poutine.block(), evaluation_mode(self.model, self.guide):
             few = self.proposal.run(num=_FEW, measure=nothing).values
-        self.joint.choose(few)
+        if like is None:
+            self.joint.choose(few, measure=self._counted)
+        self._idle = idle_masks(self._masks, self.layout.event_dims, few, self._log_joint)
+
+    @torch.no_grad()
+    def _log_joint(self, values: Mapping[str, Tensor]) -> Tensor:
+        with forked_rng(0), poutine.block(), evaluation_mode(self.model):
+            return self.joint.run(values).total
+
+    def _drawn(self, name: str, site: Mapping[str, Any]) -> Tensor:
+        """Log density of the proposal's draws at one of its sites, (*batch,)."""
+        return drawn_log_prob(site, self._idle.get(name))
+
+    def _counted(self, name: str, site: Mapping[str, Any]) -> Tensor:
+        """What a site of the model adds to the log density, (*batch,); per datum each counts once."""
+        log_prob = scaled_log_prob(site)
+        if self.per_datum:
+            log_prob = log_prob / subsampling_scale(site)
+        # Draws of the prior lie in their supports.
+        return log_prob if self.of_prior or name not in self.sites else within_support(site, log_prob)
 
     def draw(self, num_samples: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Log weights (num_samples,), values by site, and the model's log density (num_samples,).
 
         Per datum, weights and log density are (num_samples, n).
         """
-        if self.way == "plate":
-            return self._draw_by_pyro(num_samples)
-        measure = _per_datum_log_prob if self.per_datum else None
         with evaluation_mode(self.model, self.guide):
-            proposed = self.proposal.run(num=num_samples, measure=measure)
-            joint = self.joint.run(proposed.values, measure=measure).total
+            proposed = self.proposal.run(num=num_samples, measure=self._drawn)
+            joint = self.joint.run(proposed.values, measure=self._counted).total
         return joint - proposed.total, proposed.values, joint
-
-    def _draw_by_pyro(self, num_samples: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        depth, shapes = self.layout.depth, self.layout.shapes
-        # Infinite and NaN weights are reported once, with their cause, and not by each site.
-        with evaluation_mode(self.model, self.guide), pyro.validation_enabled(False):
-            # Bound, since an argument of theirs may be called num_samples.
-            model, guide = (functools.partial(each, *self.args, **self.kwargs) for each in (self.model, self.guide))
-            log_weights, model_trace, guide_trace = vectorized_importance_weights(
-                model, guide, num_samples=num_samples, max_plate_nesting=depth, normalized=False
-            )
-        values = {}
-        for name in self.sites:
-            padded = padded_shape(shapes[name], self.layout.event_dims[name], depth)
-            values[name] = model_trace.nodes[name]["value"].expand(num_samples, *padded)
-            values[name] = values[name].reshape(num_samples, *shapes[name])
-        keep = (-depth - 1, -1) if self.per_datum else (-depth - 1,)
-        log_prob = site_log_probs(model_trace, keep, per_datum=self.per_datum)
-        if self.per_datum:
-            log_weights = log_prob - site_log_probs(guide_trace, keep, per_datum=True)
-            return log_weights, values, log_prob
-        return log_weights.reshape(num_samples), values, log_prob.expand(num_samples)
-
-
-def site_log_probs(trace: poutine.Trace, keep: tuple[int, ...], *, per_datum: bool = False) -> Tensor:
-    """Sum of all sites' log probabilities, over all dims but those kept.
-
-    With ``per_datum``, data in a subsampled plate count once, not for the data that are not there too.
-    """
-    logs = [
-        keep_dims(site["log_prob"], keep) / (subsampling_scale(site) if per_datum else 1.0)
-        for site in sample_sites(trace).values()
-    ]
-    return sum(logs[1:], start=logs[0])
-
-
-def _per_datum_log_prob(name: str, site: Mapping[str, Any]) -> Tensor:
-    return scaled_log_prob(site) / subsampling_scale(site)

@@ -23,6 +23,7 @@ from pyro_ebm.structure import (
     BatchedModel,
     Layout,
     TiltedCall,
+    check_simulates,
     is_factor,
     nothing,
     prototype_trace,
@@ -130,6 +131,8 @@ def _forward(
             f"the model has factor(s) {factors}, which running it forward cannot respect; write them as a tilt of "
             f"the site they look at, or sample the latent sites and pass draws="
         )
+    if given is None:
+        check_simulates(trace, "the prior predictive", "sample the latent sites and pass draws=")
     _check_no_chains(given or {}, Layout.of(trace).shapes)
     runs = BatchedModel(free, args, kwargs, layout=Layout.of(trace))
     if given is None:

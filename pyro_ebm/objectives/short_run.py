@@ -15,13 +15,21 @@ from torch.distributions import constraints
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.density.log_density import LogDensity
-from pyro_ebm.inference.importance_sampler import site_log_probs
 from pyro_ebm.inference.kernels.adaptation import initial_tuning
 from pyro_ebm.inference.kernels.kernel import State
 from pyro_ebm.inference.kernels.langevin import ULA
 from pyro_ebm.modules import frozen
 from pyro_ebm.objectives.positives import Positives, base_log_prob, draws_of, energy_of, positives
-from pyro_ebm.structure import is_observed, latent_sites, observed_sites, plate_depth, prototype_trace
+from pyro_ebm.structure import (
+    is_observed,
+    keep_dims,
+    latent_sites,
+    observed_sites,
+    plate_depth,
+    prototype_trace,
+    sample_sites,
+    subsampling_scale,
+)
 from pyro_ebm.tilts.tilt import TiltedModel, tilt
 
 __all__ = ["ShortRun"]
@@ -179,7 +187,9 @@ def _log_likelihoods(model: TiltedModel, found: Positives, values: Tensor, batch
     trace = poutine.trace(given).get_trace(*batch)
     trace.compute_log_prob(lambda name, node: name != found.site)
     trace.remove_node(found.site)
-    return site_log_probs(trace, (-1,), per_datum=True).expand(len(values))
+    sites = sample_sites(trace).values()
+    logs = [keep_dims(site["log_prob"], (-1,)) / subsampling_scale(site) for site in sites]
+    return sum(logs[1:], start=logs[0]).expand(len(values))
 
 
 def _langevin(log_prob: Callable[[Tensor], Tensor], starts: Tensor, num_steps: int, step_size: float) -> Tensor:

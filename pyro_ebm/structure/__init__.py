@@ -2,6 +2,15 @@
 
 from pyro_ebm.structure.batched import Batch, BatchedModel, Layout, batched_run, nothing
 from pyro_ebm.structure.dependencies import ModelStructure, model_structure
+from pyro_ebm.structure.proposals import (
+    check_simulates,
+    drawn_log_prob,
+    idle_masks,
+    latent_masks,
+    leaf_of,
+    outside_support,
+    within_support,
+)
 from pyro_ebm.structure.sites import (
     check_no_subsampling,
     event_dim_of,
@@ -38,23 +47,29 @@ __all__ = [
     "batched_run",
     "candidate_ways",
     "check_no_subsampling",
+    "check_simulates",
+    "drawn_log_prob",
     "event_dim_of",
+    "idle_masks",
     "is_deterministic",
     "is_factor",
     "is_observed",
     "keep_dims",
+    "latent_masks",
     "latent_sites",
+    "leaf_of",
     "log_prob_of",
     "model_structure",
     "nothing",
     "observed_sites",
+    "outside_support",
     "padded_shape",
     "plate_depth",
     "plate_dims",
     "prototype_trace",
     "sample_sites",
-    "slowest",
     "scaled_log_prob",
+    "slowest",
     "subsampling_scale",
     "tilt_of",
     "tilted_call",
@@ -62,4 +77,5 @@ __all__ = [
     "unmasked",
     "unnormalized",
     "untilted",
+    "within_support",
 ]

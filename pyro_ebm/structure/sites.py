@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -189,7 +190,12 @@ def unmasked(distribution: Any) -> Any:
     """The distribution without its masks, which hide log probabilities: its draws are the same."""
     while isinstance(distribution, MaskedDistribution):
         distribution = distribution.base_dist
-    return distribution
+    inner = vars(distribution).get("base_dist")  # below to_event, too
+    if inner is None or (plain := unmasked(inner)) is inner:
+        return distribution
+    other = copy.copy(distribution)
+    other.base_dist = plain
+    return other
 
 
 def subsampling_scale(site: Mapping[str, Any]) -> float:

@@ -82,7 +82,7 @@ case(Y[0], name="lift", answers={"loc": normal_mean(Y[:1])})(
 )
 
 
-@case(Y, answers={"z": (float(Y.mean()), 1 / math.sqrt(3))}, prior_reaches=False)
+@case(Y, answers={"z": (float(Y.mean()), 1 / math.sqrt(3))})
 def flat_by_mask(y):
     z = pyro.sample("z", dist.Normal(0.0, 10.0).mask(False))
     with pyro.plate("data", len(y)):

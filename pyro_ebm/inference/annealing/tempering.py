@@ -210,6 +210,7 @@ def path_to(
     owners = () if density.target is None else (density.target.model,)
     if base is None and density.target is not None:
         proposal = density.proposal(guide)
+        proposal.target.check_has_density()  # type: ignore[union-attr]
         return Path(density, proposal, proposal.draw, owners=owners if guide is None else (*owners, guide))
     if guide is not None:
         raise ValueError("a log density made from a function has no sites for a guide to propose; give base= instead")

@@ -95,6 +95,8 @@ class _SummedOut(BatchedModel):
         trace = poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
         for site in sample_sites(trace).values():
             site["fn"] = unvalidated(site["fn"])
+        for name, site in sample_sites(trace).items() if measure is not None else ():
+            site["log_prob"] = site["unscaled_log_prob"] = measure(name, site)
         trace.compute_log_prob()
         trace.pack_tensors()
         letter = trace.plate_to_symbol

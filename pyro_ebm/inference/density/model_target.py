@@ -17,6 +17,7 @@ from torch.distributions import Transform, biject_to
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.inference.density.enumeration import enumerable_sites, summed_out
+from pyro_ebm.inference.density.guides import by_way_of_others, check_proposes, check_supports
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
@@ -24,16 +25,21 @@ from pyro_ebm.structure import (
     Layout,
     candidate_ways,
     check_no_subsampling,
+    drawn_log_prob,
+    idle_masks,
     is_observed,
+    latent_masks,
     latent_sites,
     observed_sites,
     prototype_trace,
     unnormalized,
     untilted,
 )
+from pyro_ebm.structure.batched import Measure
 
-__all__ = ["VECTORIZE", "ModelTarget", "check_proposes"]
+__all__ = ["VECTORIZE", "ModelTarget"]
 
+_FEW = 8  # points at which it is tried what depends on masked values
 _WAYS = ("plate", "vmap")  # those through which a gradient can be recorded
 VECTORIZE = ("auto", *_WAYS)
 
@@ -100,8 +106,11 @@ class ModelTarget:
         check_no_subsampling(trace)
         self.like = _common([trace.nodes[site.name]["value"] for site in self.sites])
         self.observed = observed_sites(trace)
+        self._masks = latent_masks(trace)
         self._density = self._batched(self.model, self.layout)
+        self._measure: Measure | None = None
         self._draws: BatchedModel | None = None
+        self._by_way_of: list[str] = []
 
     def _batched(self, model: Callable[..., Any], layout: Layout, *, prior: bool = False) -> BatchedModel:
         """The model for log probabilities, at points given at all its latent sites."""
@@ -134,6 +143,7 @@ class ModelTarget:
     def proposal(self, guide: Callable[..., Any] | None) -> ModelTarget:
         """The same points under another distribution: the guide's, or, without one, the untilted prior's."""
         other = copy.copy(self)
+        other._measure = functools.partial(_drawn, idle=self._idle())
         if guide is None:
             other.model = poutine.block(self.base, hide_fn=is_observed)
             other._density = self._batched(self.base if self.discrete else other.model, self.layout, prior=True)
@@ -142,6 +152,9 @@ class ModelTarget:
         else:
             proposed = prototype_trace(guide, self.args, self.kwargs)
             check_proposes([site.name for site in self.sites], proposed)
+            other._by_way_of = by_way_of_others([site.name for site in self.sites], proposed)
+            if not other._by_way_of:
+                check_supports({site.name: site.support for site in self.sites}, proposed)
             other.model, layout = guide, Layout.of(proposed)
             other._density = self._batched(guide, layout)
             other.choose_way()
@@ -150,6 +163,28 @@ class ModelTarget:
         names = [site.name for site in self.sites]
         other._draws = BatchedModel(other.model, self.args, self.kwargs, ways=ways, layout=layout, returned=names)
         return other
+
+    def check_has_density(self) -> None:
+        """A proposal must have a density that can be computed at any point.
+
+        Raises:
+            ValueError: naming the sites of a guide whose values come from other draws (an autoguide's).
+        """
+        if self._by_way_of:
+            raise ValueError(
+                f"the guide computes the site(s) {self._by_way_of} from other draws, as Pyro's autoguides do: its "
+                f"density at a given point is not known, which a path from it needs; leave guide=None, write the guide "
+                f'by hand, or start chains from it (method="chees", init="guide")'
+            )
+
+    def _idle(self) -> dict[str, Tensor]:
+        """Masks on latent sites that hide what nothing depends on."""
+        if not self._masks:
+            return {}
+        with torch.no_grad(), forked_rng(0), evaluation_mode(self.model):
+            values, _ = self._unpack(torch.randn(_FEW, *self.batch, self.dim).to(self.like))
+            masks = {name: mask for name, mask in self._masks.items() if name in values}
+            return idle_masks(masks, self.layout.event_dims, values, lambda given: self._density.run(given).total)
 
     @property
     def drawn_by(self) -> str:
@@ -175,7 +210,7 @@ class ModelTarget:
     def _site_log_probs(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log probability of every site, (chains, *batch)."""
         with evaluation_mode(self.model):
-            logs = self._density.run(values).measured
+            logs = self._density.run(values, measure=self._measure).measured
         return {name: each.expand(len(each), *self.batch) for name, each in logs.items()}
 
     def _unpack(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -235,6 +270,8 @@ class ModelTarget:
 
     def _check_supports(self, values: Mapping[str, Tensor]) -> None:
         """Elsewhere, the sites must have the supports that their transforms were made for."""
+        if self._measure is not None:  # of a guide: compared before
+            return
         with evaluation_mode(self.model), pyro.validation_enabled(False), forked_rng(0):  # discrete sites are drawn
             conditioned = poutine.condition(self.model, data=dict(values))
             trace = poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
@@ -310,19 +347,9 @@ def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:
         )
 
 
-def check_proposes(sites: list[str], proposed: poutine.Trace) -> None:
-    """A proposal must draw every latent site of the model.
-
-    Raises:
-        ValueError: naming those that it does not.
-    """
-    found = latent_sites(proposed)
-    missing = [site for site in sites if site not in found]
-    if missing:
-        raise ValueError(
-            f"guide does not propose the latent site(s) {missing} (it has {sorted(found)}); "
-            f"every latent site of the model needs a proposal"
-        )
+def _drawn(name: str, site: Mapping[str, Any], *, idle: Mapping[str, Tensor]) -> Tensor:
+    """Log density of the draws at a site of a proposal."""
+    return drawn_log_prob(site, idle.get(name))
 
 
 def _independent_plate(trace: poutine.Trace, name: str | None) -> tuple[int | None, torch.Size]:
