@@ -14,12 +14,10 @@ from torch.distributions import constraints
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.errors import warn_user
 from pyro_ebm.estimates import Estimate, importance_estimate
-from pyro_ebm.randomness import fingerprint
 from pyro_ebm.tilts.normalizer import (
     Normalizer,
-    base_parameters,
     checked_energy,
-    energy_state,
+    log_z_key,
     sampled_log_normalizer,
     site_log_normalizer,
 )
@@ -95,7 +93,7 @@ class TiltedDistribution(TorchDistribution):
         return self.unnormalized_log_prob(value) - self._log_z()
 
     def _log_z(self) -> Tensor:
-        key = self._log_z_key()
+        key = log_z_key(self.base, self.energy, "TiltedDistribution")
         if key is not None and self._cached_log_z is not None and self._cached_log_z[0] == key:
             return self._cached_log_z[1]
         log_z = site_log_normalizer(self.base, self.energy, self.normalizer, name="TiltedDistribution")
@@ -107,13 +105,6 @@ class TiltedDistribution(TorchDistribution):
         if key is not None and not log_z.requires_grad:  # a graph may be used only once
             self._cached_log_z = (key, log_z)
         return log_z
-
-    def _log_z_key(self) -> tuple[int, bool] | None:
-        """Identifies the values that log Z depends on; None where they cannot be known."""
-        state, parameters = energy_state(self.energy), base_parameters(self.base)
-        if state is None or parameters is None:
-            return None
-        return fingerprint([*state, *(value for value, _ in parameters)]), torch.is_grad_enabled()
 
     def log_normalizer(self, *, num_samples: int = 16384, seed: int | None = None) -> Estimate:
         """A fresh estimate of log Z and its standard error; see :func:`pyro_ebm.log_normalizer`."""

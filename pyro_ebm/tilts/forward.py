@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.modules import modules_of
-from pyro_ebm.randomness import fingerprint, forked_rng
+from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import BatchedModel, ModelStructure, event_dim_of, unconditioned
 from pyro_ebm.tilts.normalizer import Normalizer, checked_energy, reported_log_mean_exp, score_term
+from pyro_ebm.tilts.streams import enough, hides_nothing, log_z_seed, seen_at_draws
 
 __all__ = ["forward_log_normalizer", "forward_log_weights", "forward_way"]
 
@@ -31,10 +33,21 @@ def forward_log_normalizer(
 
     Arguments, shape of the result and errors as in :func:`forward_log_weights`.
     """
-    parameters = [p for module in modules_of(model) for p in module.parameters()]
-    parameters += [p for energy in energies.values() for p in energy.parameters()]
-    seed = fingerprint(parameters + list(pyro.get_param_store().values()), settings.seed, *energies)
-    return reported_log_mean_exp(forward_log_weights(model, args, kwargs, energies, structure, settings, seed=seed))
+
+    def log_weights(settings: Normalizer, seed: int) -> Tensor:
+        return forward_log_weights(model, args, kwargs, energies, structure, settings, seed=seed)
+
+    def of_the_tilt() -> list[Tensor]:
+        owners = modules_of(model)
+        modules = [*owners, *energies.values()]
+        seen = [p for module in modules for p in module.parameters()] + list(pyro.get_param_store().values())
+        if owners and hides_nothing(*modules):
+            return seen
+        return seen + seen_at_draws(modules, lambda num: log_weights(Normalizer(num_samples=num), seed=0))
+
+    settings = replace(settings, num_samples=enough(settings.num_samples))
+    seed = log_z_seed(of_the_tilt, settings.seed, *energies)
+    return reported_log_mean_exp(log_weights(settings, seed))
 
 
 def forward_log_weights(

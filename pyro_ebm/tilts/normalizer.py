@@ -1,8 +1,9 @@
 r"""Estimates of ``log Z = log E_{p(v)}[exp(-E(v))]`` from draws of the untilted distribution.
 
-The draws belong to a random stream of their own, whose seed is a function of the weights: new weights,
-new draws; the same weights, the same number. So a training step sees fresh draws, a sampler that
-moves only ``v`` sees a constant, a run can be resumed exactly, and the global generator is never touched.
+The draws belong to a random stream of their own (``streams.py``). ``fit`` chooses one for each step, and one for all
+its validations; elsewhere its seed is a function of the tilt: new weights, new draws; the same weights, the same
+number. So a training step sees fresh draws, a sampler that moves only ``v`` sees a constant, a run can be resumed
+exactly, and the global generator is never touched.
 
 Training watches these estimates, wherever in a user's model they are made: in a tilted model, in a
 ``TiltedDistribution`` that the model builds at each call, in several of them. No object that could be handed along
@@ -23,7 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from pyro_ebm.estimates import Estimate, importance_estimate, log_mean_exp
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.structure import unmasked
 from pyro_ebm.thresholds import pareto_k_limit
+from pyro_ebm.tilts.streams import current_stream, enough, hides_nothing, log_z_seed, seen_at_draws
 
 __all__ = [
     "METHODS",
@@ -48,6 +50,7 @@ __all__ = [
     "energy_state",
     "enumerated",
     "is_exchangeable",
+    "log_z_key",
     "log_z_through",
     "reported_log_mean_exp",
     "sampled_log_normalizer",
@@ -73,7 +76,7 @@ class Normalizer:
     Args:
         method: ``"importance"`` (independent draws of the base) or ``"qmc"`` (scrambled Sobol points
             through the base's inverse cdf: far less noise in low dimensions).
-        num_samples: draws of the base per model call.
+        num_samples: draws of the base per model call; ``fit`` validates with 1,024 at least.
         seed: selects the random stream.
     """
 
@@ -259,8 +262,29 @@ def site_log_normalizer(
         # The second term is zero up to rounding; with it, a zero energy gives zero exactly.
         tilted = log_prob - checked_energy(energy, value, 0, name)
         return tilted.logsumexp(0) - log_prob.logsumexp(0)
-    seed = fingerprint(energy.parameters(), settings.seed, name, *salt)
+    settings = replace(settings, num_samples=enough(settings.num_samples))
+    seed = log_z_seed(lambda: _of_the_tilt(base, energy, name), settings.seed, name, *salt)
     return reported_log_mean_exp(site_log_weights(base, energy, settings, name=name, seed=seed))
+
+
+def _of_the_tilt(base: Distribution, energy: Energy, name: str) -> list[Tensor]:
+    return [*energy.parameters(), *_at_draws(base, energy, name)]
+
+
+def _at_draws(base: Distribution, energy: Energy, name: str) -> list[Tensor]:
+    """Energies at a few draws of the base, where the energy may depend on more than its own weights."""
+    if hides_nothing(energy):
+        return []
+    return seen_at_draws([energy], lambda num: site_log_weights(base, energy, Normalizer(num_samples=num), name=name))
+
+
+def log_z_key(base: Distribution, energy: Energy, name: str) -> int | None:
+    """Identifies all that the estimate of log Z of a site depends on; None where that cannot be known."""
+    state, parameters = energy_state(energy), base_parameters(base)
+    if state is None or parameters is None:
+        return None
+    seen = [*state, *(value for value, _ in parameters), *_at_draws(base, energy, name)]
+    return fingerprint(seen, *current_stream(), tuple(base.batch_shape), torch.is_grad_enabled())
 
 
 def reported_log_mean_exp(log_weights: Tensor) -> Tensor:

@@ -25,9 +25,8 @@ from pyro_ebm.structure import ModelStructure, event_dim_of, model_structure, pr
 from pyro_ebm.tilts.forward import forward_log_normalizer, forward_log_weights, forward_way
 from pyro_ebm.tilts.normalizer import (
     Normalizer,
-    base_parameters,
     checked_energy,
-    energy_state,
+    log_z_key,
     sampled_log_normalizer,
     site_log_normalizer,
     warn_if_unreliable,
@@ -245,11 +244,9 @@ class TiltedModel(nn.Module):
         energy, settings = self.energies[site], self._settings()
 
         def log_z(fn: Distribution) -> Tensor:
-            state = None if torch.is_grad_enabled() else energy_state(energy)
-            parameters = None if state is None else base_parameters(fn)
-            if state is None or parameters is None:
+            key = None if torch.is_grad_enabled() else log_z_key(fn, energy, f"site {site!r}")
+            if key is None:
                 return site_log_normalizer(fn, energy, settings, name=f"site {site!r}")
-            key = fingerprint([*state, *(p for p, _ in parameters)], fn.batch_shape)
             if self._constants.get(site, (None,))[0] != key:
                 value = site_log_normalizer(fn, energy, settings, name=f"site {site!r}")
                 self._constants[site] = (key, value.detach())

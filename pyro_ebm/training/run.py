@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_ebm.errors import CheckpointError
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.tilts.normalizer import weights_reported_to
+from pyro_ebm.tilts.streams import log_z_stream
 from pyro_ebm.training.checkpoints import load_into, require_match, weights_of, write
 from pyro_ebm.training.data import Tensors
 from pyro_ebm.training.guard import WeightGuard, require_finite
@@ -22,6 +23,8 @@ from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.sources import Source
 
 __all__ = ["Group", "Progress", "Run"]
+
+_VALIDATION_DRAWS = 1024  # of each log Z
 
 @dataclass
 class Progress:
@@ -159,7 +162,8 @@ class Run:
 
     def _step(self, group: Group, step: int, batch: Tensors) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        with weights_reported_to(self.guard.listen):
+        stream = (self.seed, self.progress.epoch, step, group.name)
+        with weights_reported_to(self.guard.listen), log_z_stream(*stream):
             loss = group.loss.gradients(group.parameters, *batch)
         if len(self.groups) > 1:
             self._drop_gradients_outside(group)
@@ -188,7 +192,7 @@ class Run:
         for module in self.trained:
             module.eval()
         # The same noise at each epoch, so that a difference between epochs is one between weights.
-        with forked_rng(self.seed + 2):
+        with forked_rng(self.seed + 2), log_z_stream(self.seed, "validation", at_least=_VALIDATION_DRAWS):
             measure = self.groups[0].loss.validation
             parts = [(measure(*b), b[0].shape[0]) for b in data.batches(self.batch_size, self.device)]
         return sum(loss for loss, _ in parts) / sum(num for _, num in parts)
