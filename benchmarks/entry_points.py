@@ -59,6 +59,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 OTHERS = ("tilt", "log_normalizer", "predictive", "log_likelihood", "to_arviz", "calibrate", "fit")
 SECONDS = 60
+LIMIT_OF_REFUSALS = 5
 STANDARD_ERRORS = 4.0
 BAD = ("wrong", "raw error", "late")
 
@@ -116,7 +117,7 @@ def cell(case: Case, entry: str) -> dict[str, Any]:
 
 def attempt(case: Case, entry: str, seed: int) -> tuple[str, str]:
     run = functools.partial(by_method, method=entry) if entry in METHODS else globals()[f"by_{entry}"]
-    result, text = "right", ""
+    result, text, began = "right", "", time.perf_counter()
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     with warnings.catch_warnings(record=True) as told, contextlib.redirect_stdout(io.StringIO()):
@@ -129,7 +130,13 @@ def attempt(case: Case, entry: str, seed: int) -> tuple[str, str]:
         except Off as off:
             result, text = "wrong", str(off)
         except Exception as error:
-            return ("refused" if is_ours(error) else "raw error"), f"{type(error).__name__}: {error}"
+            kind = "refused" if is_ours(error) else "raw error"
+            if kind == "refused" and time.perf_counter() - began > LIMIT_OF_REFUSALS:
+                kind = "late"
+            return kind, f"{type(error).__name__}: {error}"
+    limit = METHODS.get(entry, {}).get("max_seconds")
+    if limit is not None and (took := time.perf_counter() - began) > 1.2 * limit + 1:
+        return "late", f"{took:.0f} seconds, max_seconds={limit}; {text}"
     doubts = [str(one.message) for one in told if issubclass(one.category, InferenceWarning)]
     if doubts and result == "wrong":
         return "warned", f"{text}; {doubts[0]}"
@@ -180,9 +187,9 @@ def check_draws(case: Case, draws: Draws) -> str | None:
             if draws.log_weights is None:
                 columns = values.reshape(*values.shape[:2], -1)
                 spread = columns.flatten(0, 1).std(0)
-                if float(spread.max()) == 0:
+                if bool(((spread == 0) & (sd.expand_as(value[0, 0]).flatten() > 0)).any()):
                     raise Off(f"{site}: all draws are equal")
-                se = spread / torch.as_tensor(ess_bulk(columns)).clamp(min=1).sqrt()
+                se = spread / torch.as_tensor(ess_bulk(columns)).nan_to_num(1.0).clamp(min=1).sqrt()
                 check(
                     columns.mean((0, 1)).reshape(value.shape[2:]),
                     exact,
