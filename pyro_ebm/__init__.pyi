@@ -17,9 +17,11 @@ from pyro_ebm.datasets.splits import (
     biased_split,
 )
 from pyro_ebm.diagnostics.arviz_bridge import (
+    to_arviz,
+)
+from pyro_ebm.diagnostics.arviz_files import (
     load_arviz,
     save_arviz,
-    to_arviz,
 )
 from pyro_ebm.diagnostics.balance import (
     ClassBalance,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import os
+from pathlib import Path
 from typing import Any
 
-__all__ = ["is_whole_number", "whole_number"]
+__all__ = ["file_path", "is_whole_number", "whole_number"]
 
 
 def whole_number(name: str, value: Any, *, at_least: int = 1) -> int:
@@ -33,6 +35,21 @@ def is_whole_number(value: Any, *, at_least: int = 1) -> bool:
     """Whether it is a whole number, in the sense of :func:`whole_number`, and large enough."""
     number = _as_int(value)
     return number is not None and number >= at_least
+
+
+def file_path(name: str, value: Any) -> Path:
+    """The path of a file or folder, or an error that names the argument.
+
+    Raises:
+        TypeError: neither text nor a path.
+        ValueError: no text, or a character that no path can have.
+    """
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise TypeError(f"{name} must be a path (text or pathlib.Path), got {type(value).__name__}")
+    text = os.fspath(value)
+    if not text or "\0" in text:
+        raise ValueError(f"{name} must be the path of a file or folder, got {text!r}")
+    return Path(text)
 
 
 def _as_int(value: Any) -> int | None:

@@ -6,7 +6,6 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     import xarray as xr
 
-__all__ = ["load_arviz", "save_arviz", "to_arviz"]
+__all__ = ["to_arviz"]
 
 Arrays = Mapping[str, "Tensor | np.ndarray"]
 
@@ -147,33 +146,6 @@ def to_arviz(
         coords={**draws.coords, **(coords or {})},
         attrs={"posterior": _attributes(draws, found.left_out, chosen.told, given.pareto_k)},
     )
-
-
-def save_arviz(tree: Any, path: str | Path) -> Path:
-    """Write what :func:`to_arviz` returned to a NetCDF file; returns its path."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"path: the folder {path.parent} does not exist; create it first")
-    if arviz_is_1x():
-        tree.to_netcdf(path, engine="h5netcdf")
-    else:
-        tree.to_netcdf(str(path))
-    return path
-
-
-def load_arviz(path: str | Path) -> Any:
-    """Read a file of :func:`save_arviz` into memory, as ``InferenceData`` or ``DataTree``."""
-    if not Path(path).is_file():
-        raise ValueError(f"path: there is no file {path}")
-    if arviz_is_1x():
-        import xarray as xr
-
-        with xr.open_datatree(path, engine="h5netcdf") as tree:
-            return tree.load()
-    tree = quiet_import("arviz").from_netcdf(str(path))
-    tree.load()
-    tree.close()
-    return tree
 
 
 def _container(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm import plots
+from pyro_ebm.files import replacing
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.report import SCALE, Figure, number
 
@@ -229,6 +230,7 @@ def _save(draw: Callable[[], Any], path: Path) -> Path:
     # Not rc_context({"backend": ...}): it leaves the backend changed.
     with plt.ioff():
         figure = np.ravel(draw())[0].figure
-        figure.savefig(path, dpi=110 * SCALE)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=110 * SCALE)
         plt.close(figure)
     return path

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_ebm.devices import one_thread
 from pyro_ebm.errors import TrainingWarning, warn_user
-from pyro_ebm.files import write_whole
+from pyro_ebm.files import replacing, write_whole
 from pyro_ebm.recipes.job_folder import results_folder
 from pyro_ebm.recipes.study_cells import Bench, run_cell
 from pyro_ebm.recipes.study_config import Cell, StudyConfig
@@ -188,4 +188,5 @@ def _write(result: StudyResult, folder: Path) -> None:
         dims = len(result.config.dims)
         figure = Figure(figsize=(1.6 + 2.9 * dims, 6.0), layout="constrained")
         plot_debias_study(result.summary(), axes=figure.subplots(2, dims, squeeze=False))
-        figure.savefig(folder / "figures" / "debias_study.png", dpi=130)
+        with replacing(folder / "figures" / "debias_study.png") as path:
+            figure.savefig(path, dpi=130)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_ebm import __version__
-from pyro_ebm.errors import CheckpointError
+from pyro_ebm.errors import CheckpointError, TrainingWarning, warn_user
 from pyro_ebm.estimates import BoundedEstimate, Estimate
-from pyro_ebm.files import write_whole
+from pyro_ebm.files import require_writable, write_whole
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.importance import LogLikelihood
 from pyro_ebm.training.checkpoints import load_into, read, require_match, weights_of, write
@@ -57,8 +55,7 @@ def results_folder(out: str | Path | None) -> Iterator[Path | None]:
 def _prepare(folder: Path) -> None:
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        require_writable(folder / "summary.json")
     except OSError as error:
         raise OSError(
             f"out={os.fspath(folder)!r} cannot be written to ({error.strerror or error}); choose another folder"
@@ -92,9 +89,7 @@ class JobFolder:
         if resume:
             _require_same(self.folder, job)
         else:
-            # The name of the job first: steps without one are those of no job.
-            (self.folder / "job.json").unlink(missing_ok=True)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _forget(self.folder)
             write_whole(self.folder / "job.json", json.dumps(job, indent=1) + "\n")
 
     @contextmanager
@@ -115,10 +110,9 @@ class JobFolder:
         Returns:
             The value on the CPU.
         """
-        saved = self._read(name)
+        saved = self._read(name, stage, _unpacked)
         if saved is not None:
-            self.add(stage, saved["seconds"])
-            return _unpacked(saved["value"])
+            return saved[0]
         began = time.perf_counter()
         value = _packed(make())
         self._keep(stage, name, value, time.perf_counter() - began)
@@ -139,14 +133,13 @@ class JobFolder:
             KeyboardInterrupt: also where training came to an end by an interruption.
         """
         name = name or stage
-        saved = self._read(name)
+        saved = self._read(name, stage, lambda value: (dict(value["weights"]), _unpacked(value["fit"])))
         if saved is not None and self.folder is not None:
-            value = saved["value"]
-            require_match([type(module).__name__], [value["weights"]], [module], self.folder / f"{name}.pt")
-            load_into([module], [value["weights"]])
+            weights, fitted = saved[0]
+            require_match([type(module).__name__], [weights], [module], self.folder / f"{name}.pt")
+            load_into([module], [weights])
             module.eval()
-            self.add(stage, saved["seconds"])
-            return _unpacked(value["fit"])
+            return fitted
         began = time.perf_counter()
         checkpoint = None if self.folder is None else self.folder / f"{name}.checkpoint.pt"
         result = train(checkpoint=checkpoint)
@@ -162,21 +155,36 @@ class JobFolder:
         """Count seconds to a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str, stage: str, unpacked: Callable[[Any], Any]) -> tuple[Any] | None:
+        """What a finished step returned, in a tuple; None where it has to be computed, again if it is damaged."""
         path = None if self.folder is None else self.folder / f"{name}.pt"
         if path is None or not path.is_file():
             return None
         try:
             saved = read(path, kind="step")
-        except CheckpointError:  # damaged: computed again, and replaced
+            seconds, value = float(saved["seconds"]), unpacked(saved["value"])
+        # What was put there by hand can fail anywhere in the records.
+        except Exception as error:
+            warn_user(
+                f"{path} cannot be used ({error}); the step is computed again and the file replaced", TrainingWarning
+            )
             return None
         self.resumed.append(name)
-        return saved
+        self.add(stage, seconds)
+        return (value,)
 
     def _keep(self, stage: str, name: str, value: Any, seconds: float) -> None:
         self.add(stage, seconds)
         if self.folder is not None:
             write({"value": value, "seconds": seconds}, self.folder / f"{name}.pt", kind="step")
+
+
+def _forget(folder: Path) -> None:
+    """Take away the steps of an earlier job, and nothing else that may lie there."""
+    # The name of the job first: steps without one are those of no job.
+    (folder / "job.json").unlink(missing_ok=True)
+    for path in folder.glob("*.pt"):
+        path.unlink(missing_ok=True)
 
 
 def _require_same(folder: Path, job: Mapping[str, Any]) -> None:

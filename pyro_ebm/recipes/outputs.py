@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_ebm.diagnostics.arviz_bridge import save_arviz, to_arviz
-from pyro_ebm.files import replacing, write_whole
+from pyro_ebm.diagnostics.arviz_bridge import to_arviz
+from pyro_ebm.diagnostics.arviz_files import save_arviz
+from pyro_ebm.files import write_whole
 from pyro_ebm.recipes.debias_config import METHODS
 from pyro_ebm.recipes.debias_figures import write_figures
 from pyro_ebm.recipes.debias_report import debias_report
@@ -57,8 +58,7 @@ def write_results(result: DebiasResult, folder: Path) -> None:
     write_whole(folder / "comparison.csv", result.comparison.to_csv(index=False))
     for method, draws in result.prior_draws.items():
         name = "draws.nc" if method == result.best_method else f"draws_{method}.nc"
-        with replacing(folder / name) as path:
-            save_arviz(to_arviz(draws, dims={"z": ["latent"]}, log_likelihood=False), path)
+        save_arviz(to_arviz(draws, dims={"z": ["latent"]}, log_likelihood=False), folder / name)
     save_weights(result.vae, folder / "vae.pt")
     save_weights(result.energy, folder / "energy.pt")
     figures = write_figures(result, folder / "figures")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+import io
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_ebm.checks import whole_number
+from pyro_ebm import files
+from pyro_ebm.checks import file_path, whole_number
 from pyro_ebm.errors import CheckpointError
-from pyro_ebm.files import replacing, write_whole
+from pyro_ebm.files import replacing
 
 __all__ = ["Checkpoint", "load_weights", "save_weights"]
 
 _VERSION = 1
+_KEEP_TENSORS = "a file holds tensors, numbers, text and tuples, lists and dictionaries of these; keep one of them"
 Weights = list[dict[str, Any]]
 
 
@@ -49,8 +51,7 @@ class Checkpoint:
     resume: bool | str = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, str | Path):
-            raise TypeError(f"path must be the path of a file, got {type(self.path).__name__}")
+        file_path("path", self.path)
         whole_number("every", self.every)
         if self.resume not in (True, False, "auto"):
             raise ValueError(f'resume must be True, False or "auto", got {self.resume!r}')
@@ -81,18 +82,25 @@ class Checkpoint:
 def save_weights(module: nn.Module, path: str | Path) -> None:
     """Write a module's parameters and buffers to a file that :func:`load_weights` reads.
 
-    The file appears whole or not at all; folders that are missing are made.
+    The file appears whole or not at all, after it was read again and found the same; folders that are missing are made.
 
     Args:
         module: any module, for instance a VAE or an energy.
         path: file to write; an existing one is replaced.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or would not come back as it is.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    payload = {"class": type(module).__name__, "weights": dict(module.state_dict())}
+    weights = dict(module.state_dict())
+    empty = [name for name, value in weights.items() if isinstance(value, Tensor) and _holds_nothing(value)]
+    if empty:
+        raise CheckpointError(
+            f"cannot write {path}: {empty[0]!r} of the {type(module).__name__} holds no numbers yet (a lazy layer "
+            "before its first call, or device 'meta'); call the module once, or move it to a real device"
+        )
+    payload = {"class": type(module).__name__, "weights": weights}
     write(payload, path, kind="weights")
 
 
@@ -117,34 +125,87 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 
 def write(payload: Mapping[str, Any], path: str | Path, *, kind: str) -> None:
     """Write a file that :func:`read` reads, whole or not at all."""
+    file_path("path", path)
+    whole = {"format": f"pyro_ebm {kind}", "version": _VERSION, **payload}
     try:
-        with replacing(path) as temporary, temporary.open("wb") as file:  # a path it would keep inside
-            torch.save({"format": f"pyro_ebm {kind}", "version": _VERSION, **payload}, file)
-    # torch reports a full disk as a RuntimeError.
-    except (OSError, RuntimeError) as error:
+        with replacing(path) as temporary:
+            with temporary.open("wb") as file:  # a path it would keep inside
+                torch.save(whole, file)
+            _require_same(whole, temporary, kind)
+    except OSError as error:
+        raise CheckpointError(error.strerror or str(error)) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    except RuntimeError as error:  # of torch, for a full disk
         raise CheckpointError(
             f"cannot write {path}: {error}; choose a file in a folder that can be written and has space left"
         ) from error
+    except Exception as error:  # what cannot be pickled fails in many ways
+        lost = _what_does_not_come_back(whole) or str(error)
+        raise CheckpointError(f"cannot write {path}: {lost}; {_KEEP_TENSORS}") from error
+
+
+def _require_same(whole: Mapping[str, Any], path: Path, kind: str) -> None:
+    """Raise a CheckpointError unless a file just written holds what it was given."""
+    try:
+        good, why = _same(whole, read(path, kind=kind)), "it is not the same"
+    except CheckpointError as error:
+        good, why = False, str(error.__cause__)
+    if not good:
+        lost = _what_does_not_come_back(whole) or f"what was written does not come back ({why})"
+        raise CheckpointError(f"{lost}; {_KEEP_TENSORS}")
+
+
+def _same(meant: Any, found: Any) -> bool:
+    """Whether two nests of tensors and plain values are the same to the last bit."""
+    if isinstance(meant, Tensor):
+        return isinstance(found, Tensor) and _kind(meant) == _kind(found) and _same_numbers(meant, found)
+    if isinstance(meant, Mapping):
+        same = isinstance(found, Mapping) and list(meant) == list(found)
+        return same and all(_same(meant[key], found[key]) for key in meant)
+    if isinstance(meant, list | tuple):
+        same = isinstance(found, list | tuple) and len(meant) == len(found)
+        return same and all(_same(a, b) for a, b in zip(meant, found, strict=True))
+    return bool(meant == found) or (meant != meant and found != found)
+
+
+def _same_numbers(meant: Tensor, found: Tensor) -> bool:
+    one, other = (t if t.layout == torch.strided else t.to_dense() for t in (meant.detach().cpu(), found))
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _what_does_not_come_back(value: Any, name: str = "") -> str | None:
+    """The innermost entry that a file cannot hold, in words; None where there is none."""
+    if isinstance(value, Mapping | list | tuple):
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+        within = f" of {name}" if name else ""
+        found = (_what_does_not_come_back(part, f"entry {key!r}{within}") for key, part in parts)
+        return next((lost for lost in found if lost), None)
+    try:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        buffer.seek(0)
+        found = torch.load(buffer, map_location="cpu", weights_only=True)
+        return None if _same(value, found) else f"{name} ({type(value).__name__}) would come back as another value"
+    except Exception as error:  # pickle fails in many ways
+        return f"{name} ({type(value).__name__}) is no tensor and no plain value ({type(error).__name__})"
+
+
+def _holds_nothing(value: Tensor) -> bool:
+    return value.is_meta or nn.parameter.is_lazy(value)
 
 
 def require_writable(path: str | Path) -> None:
     """Find out before hours of training whether a file can be written there later."""
-    path = Path(path)
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
     try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        write_whole(probe, b"")
-        probe.unlink()
+        files.require_writable(path)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error}; choose a file in a folder that can be written"
-        ) from error
+        raise CheckpointError(error.strerror or str(error)) from error
 
 
 def read(path: str | Path, *, kind: str) -> dict[str, Any]:
     """The payload of a file made by :func:`write`; nothing in it is executed."""
-    path = Path(path)
+    path = file_path("path", path)
     if not path.is_file():
         raise CheckpointError(f"there is no {kind} file at {path}; check the path, or start without it")
     try:

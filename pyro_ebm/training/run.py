@@ -20,6 +20,7 @@ from pyro_ebm.training.checkpoints import load_into, require_match, weights_of, 
 from pyro_ebm.training.data import Tensors
 from pyro_ebm.training.guard import WeightGuard, require_finite
 from pyro_ebm.training.objective import Objective
+from pyro_ebm.training.saved_run import require_possible
 from pyro_ebm.training.sources import Source
 
 __all__ = ["Group", "Progress", "Run"]
@@ -265,6 +266,7 @@ class Run:
                     f"{path} is of another run: its {name} is {saved.get(name)!r}, here it is {value!r}; "
                     "call fit with the arguments of the run that wrote it, or start anew with resume=False"
                 )
+        require_possible(saved, path, self.trained, self.optimizer)
         try:
             fields = {name: saved[name] for name in Progress.__dataclass_fields__}
             self.optimizer.load_state_dict(saved["optimizer"])

@@ -13,7 +13,8 @@ from pyro.infer import HMC, MCMC, NUTS, Predictive
 import pyro_ebm
 from pyro_ebm import ChEES, InferenceWarning
 from pyro_ebm.arviz_statistics import arviz_is_1x, quiet_import
-from pyro_ebm.diagnostics.arviz_bridge import load_arviz, save_arviz, to_arviz
+from pyro_ebm.diagnostics.arviz_bridge import to_arviz
+from pyro_ebm.diagnostics.arviz_files import load_arviz, save_arviz
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.draws import Draws
 

@@ -232,7 +232,9 @@ def test_damaged_files_are_made_anew(whole, copied, computed):
     tilted.write_text(biased.read_text())  # of another cell
     biased.write_text(biased.read_text()[:40])
     next((copied / "vaes").iterdir()).write_bytes(b"no weights")
-    again = debias_study(result.config, out=copied)
+    with pytest.warns(TrainingWarning, match="cannot be used .*made anew and replaced") as told:
+        again = debias_study(result.config, out=copied)
+    assert {Path(str(warning.message).split()[0]).suffix for warning in told} == {".json", ".pt"}
     assert computed == ["biased-d2-s0", "tilt-d2-s0-n20"]
     pd.testing.assert_frame_equal(timeless(again.table), timeless(result.table), check_exact=True)
 

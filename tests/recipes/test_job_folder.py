@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_ebm import CheckpointError, Draws
+from pyro_ebm import CheckpointError, Draws, TrainingWarning
 from pyro_ebm.estimates import BoundedEstimate, Estimate
 from pyro_ebm.inference.importance import LogLikelihood
 from pyro_ebm.recipes import debias as module
@@ -200,7 +200,36 @@ def test_a_damaged_step_is_computed_again(folder):
     path = folder / "steps" / "numbers.pt"
     path.write_bytes(path.read_bytes()[:-40])
     kept = opened(folder)
-    assert kept.step("stage", "numbers", lambda: torch.ones(1)).tolist() == [1.0] and kept.resumed == []
+    with pytest.warns(TrainingWarning, match=r"numbers.pt cannot be used .*the step is computed again and the file"):
+        assert kept.step("stage", "numbers", lambda: torch.ones(1)).tolist() == [1.0] and kept.resumed == []
+    assert opened(folder).step("stage", "numbers", lambda: pytest.fail("again")).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {},
+        {"seconds": 1.0},
+        {"seconds": "long", "value": 3},
+        {"seconds": 1.0, "value": {"record": "System", "parts": {}}},
+        {"seconds": 1.0, "value": {"record": "Draws", "parts": {"values": 3}}},
+        {"seconds": 1.0, "value": {"no": "mapping"}},
+    ],
+    ids=str,
+)
+def test_a_step_of_another_content_is_computed_again(folder, payload):
+    torch.save({"format": "pyro_ebm step", "version": 1, **payload}, folder / "steps" / "numbers.pt")
+    kept = opened(folder)
+    with pytest.warns(TrainingWarning, match=r"numbers.pt cannot be used"):
+        assert kept.step("stage", "numbers", lambda: torch.ones(1)).tolist() == [1.0]
+
+
+def test_a_new_job_takes_away_its_own_steps_and_nothing_else(tmp_path):
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "mine.txt").write_text("mine")
+    JobFolder(tmp_path, {"seed": 0}, 77, resume=False).step("stage", "numbers", lambda: torch.ones(1))
+    JobFolder(tmp_path, {"seed": 1}, 77, resume=False)
+    assert sorted(path.name for path in (tmp_path / "steps").iterdir()) == ["job.json", "mine.txt"]
 
 
 def test_weights_of_another_module_are_refused(tmp_path):

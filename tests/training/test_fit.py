@@ -429,6 +429,77 @@ def test_a_checkpoint_with_parts_missing_is_refused(tmp_path):
         assert same(before, weights(module)), key
 
 
+def at(payload, *keys):
+    """The nest in which the last of the keys lies."""
+    for key in keys[:-1]:
+        payload = payload[key]
+    return payload
+
+
+NAN, INF = math.nan, math.inf
+TAMPERED = {
+    "epoch NaN": (("epoch",), NAN, "its epoch is nan"),
+    "epoch negative": (("epoch",), -1, "its epoch is -1"),
+    "epoch a fraction": (("epoch",), 1.5, "its epoch is 1.5"),
+    "epoch true": (("epoch",), True, "its epoch is True"),
+    "epoch too large": (("epoch",), 7, "its train_loss has not one number for each of 7 epochs"),
+    "best epoch": (("best_epoch",), 9, "its best_epoch is 9"),
+    "best loss": (("best_loss",), NAN, "its best_loss is nan"),
+    "best loss text": (("best_loss",), "low", "its best_loss is 'low'"),
+    "seconds": (("seconds",), -1.0, "its seconds are -1.0"),
+    "seed": (("seed",), NAN, "it has no seed|its seed is"),
+    "a loss": (("train_loss", 0), NAN, "its train_loss is not finite"),
+    "losses": (("train_loss",), "none", "its train_loss has not one number"),
+    "a weight": (("weights", 0, "linear.bias"), torch.tensor([NAN]), "'linear.bias' of its weights is not finite"),
+    "a best weight": (("best", 0, "linear.bias"), torch.tensor([INF]), "'linear.bias' of its best is not finite"),
+    "weights' shape": (("weights", 0, "linear.bias"), torch.zeros(2), "does not fit this Line"),
+    "weights' dtype": (("best", 0, "linear.bias"), torch.zeros(1, dtype=torch.float64), "does not fit this Line"),
+    "learning rate": (("optimizer", "param_groups", 0, "lr"), NAN, "'lr' of its optimizer is nan"),
+    "moments' shape": (("optimizer", "state", 0, "exp_avg"), torch.zeros(3), "'exp_avg' of its optimizer is"),
+    "moments' dtype": (("optimizer", "state", 0, "exp_avg_sq"), torch.zeros(3).double(), "'exp_avg_sq' of"),
+    "a moment": (("optimizer", "state", 0, "exp_avg"), NAN, "'exp_avg' of its optimizer is not finite"),
+    "a step": (("optimizer", "state", 0, "step"), torch.tensor(-1.0), "the step of its optimizer is -1.0"),
+    "no state": (("optimizer", "state"), [], "its optimizer has no state"),
+    "parameters": (("optimizer", "param_groups", 0, "params"), [0], "the parameters of its optimizer"),
+    "random state": (("rng",), torch.zeros(3), "is damaged"),
+    "order": (("order",), torch.zeros(3, dtype=torch.uint8), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("keys, value, match", TAMPERED.values(), ids=TAMPERED)
+def test_tampered_numbers_are_refused_before_any_is_used(tmp_path, keys, value, match):
+    path = tmp_path / "run.pt"
+    run(line(), epochs=2, checkpoint=path, optimizer=torch.optim.Adam)
+    payload = torch.load(path, weights_only=True)
+    place = at(payload, *keys)
+    if isinstance(value, float) and isinstance(place[keys[-1]], torch.Tensor):
+        value = torch.full_like(place[keys[-1]], value)
+    place[keys[-1]] = value
+    torch.save(payload, path)
+    module = line()
+    before = weights(module)
+    with pytest.raises(CheckpointError, match=f"run.pt.*({match})"):
+        seed = None if keys == ("seed",) else 0
+        run(module, checkpoint=Checkpoint(path, resume=True), optimizer=torch.optim.Adam, seed=seed)
+    assert same(before, weights(module))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad,
+        torch.optim.Rprop, torch.optim.Adadelta, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD,
+        lambda p: torch.optim.Adam(p, amsgrad=True), lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+        lambda p: torch.optim.Adafactor(p),
+    ],
+)  # fmt: skip
+def test_what_optimizers_keep_is_no_damage(tmp_path, optimizer):
+    path = tmp_path / "run.pt"
+    run(line(), epochs=1, checkpoint=path, optimizer=optimizer)
+    found = run(line(), epochs=2, checkpoint=Checkpoint(path, resume=True), optimizer=optimizer)
+    assert len(found.train_loss) == 2
+
+
 def test_files_that_cannot_be(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint file at .*absent.pt"):
         run(line(), checkpoint=Checkpoint(tmp_path / "absent.pt", resume=True))
@@ -446,7 +517,7 @@ def test_files_that_cannot_be(tmp_path):
     [
         ({"every": 0}, ValueError, "every must be a whole number of at least 1, got 0"),
         ({"resume": "always"}, ValueError, "resume must be True, False or \"auto\", got 'always'"),
-        ({"path": None}, TypeError, "path must be the path of a file, got NoneType"),
+        ({"path": None}, TypeError, "path must be a path .text or pathlib.Path., got NoneType"),
     ],
 )
 def test_impossible_checkpoints(options, error, match):
