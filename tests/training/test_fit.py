@@ -489,7 +489,8 @@ def test_tampered_numbers_are_refused_before_any_is_used(tmp_path, keys, value, 
     [
         torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad,
         torch.optim.Rprop, torch.optim.Adadelta, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
-        torch.optim.ASGD, lambda p: torch.optim.Adam(p, amsgrad=True), lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+        torch.optim.ASGD, lambda p: torch.optim.Adam(p, amsgrad=True),
+        lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
         lambda p: torch.optim.Adafactor(p),
     ],
 )  # fmt: skip
