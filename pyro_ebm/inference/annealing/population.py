@@ -14,6 +14,7 @@ from pyro_ebm.errors import InferenceError
 from pyro_ebm.estimates import log_mean_exp
 from pyro_ebm.inference.annealing.tempering import Path, Points
 from pyro_ebm.inference.kernels.adaptation import Adaptation, find_step_size, initial_tuning
+from pyro_ebm.inference.kernels.collapse import Collapse
 from pyro_ebm.inference.kernels.kernel import Info, Kernel, State, Tuning
 
 __all__ = ["Pace", "Population", "Rung", "anneal", "next_step", "systematic"]
@@ -227,6 +228,7 @@ class _Mover:
     def __init__(self, path: Path, kernel: Kernel, settings: Pace, generator: torch.Generator) -> None:
         self.path, self.kernel, self.settings, self.generator = path, kernel, settings, generator
         self._lengths: Adaptation | None = None
+        self._collapse = Collapse()
 
     def move(self, population: Population, ess: Tensor) -> None:
         """Moves the particles until they have left their copies; adds a rung to the ladder."""
@@ -247,6 +249,7 @@ class _Mover:
             moves += 1
             acceptance += float(info.acceptance_rate.mean())
             state = state._replace(tuning=self._retuned(before, info))
+            self._collapse.update(state, "particles")
             if self.settings.num_moves is None and _likeness(start, _standardized(state)) < limit:
                 break
         population.points = self.path.at(state.u)

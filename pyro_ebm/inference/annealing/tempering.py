@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from pyro_ebm.inference.density.capture import captured
+from pyro_ebm.inference.density.gradients import check_gradients
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.kernels.hmc import HMC
 from pyro_ebm.inference.kernels.kernel import Kernel, State, Tuning, ValueAndGrad
@@ -131,7 +132,10 @@ class Path:
         u = self.draw(num, groups, seed=seed)
         recorded = captured(self._both_ends, u, compile=compile)
         self._function, self.graph, self.graph_problem = recorded, recorded.kind, recorded.problem
-        return self.at(u)
+        points = self.at(u)
+        check_gradients(self.target, points.log_target, points.grad_target)
+        check_gradients(self.base, points.log_base, points.grad_base)
+        return points
 
     def draw(self, num: int, groups: int, *, seed: int) -> Tensor:
         """Independent draws of the base, (num, groups, *batch, dim)."""

@@ -16,9 +16,11 @@ from tqdm.auto import tqdm
 from pyro_ebm.chain_statistics import r_hat
 from pyro_ebm.devices import synchronize
 from pyro_ebm.inference.density.capture import captured
+from pyro_ebm.inference.density.gradients import check_gradients
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.kernels.adaptation import Adaptation, Rescue, find_step_size, initial_tuning
+from pyro_ebm.inference.kernels.collapse import Collapse
 from pyro_ebm.inference.kernels.kernel import Info, Kernel, State
 from pyro_ebm.modules import frozen
 
@@ -118,6 +120,7 @@ class Chains:
                 self.graph, self.graph_problem = recorded.kind, recorded.problem
             self._value_and_grad = function
             log_prob, grad = function(u)
+            check_gradients(density, log_prob, grad)
             self.state = State(u, log_prob, grad, initial_tuning(kernel, u))
             self.num_gradients += len(u)
             self._step = kernel.bind(function, generator)
@@ -139,12 +142,13 @@ class Chains:
             if not num_steps:
                 return
             adaptation = Adaptation(self.kernel, self.state, num_steps, dense=self._dense)
-            rescue = Rescue(num_steps)
+            rescue, collapse = Rescue(num_steps), Collapse()
             for index in range(num_steps):
                 before = self.state
                 self.state, info = self._step(before)
                 self.state = self.state._replace(tuning=adaptation.update(before, info))
                 self.state = rescue.update(self.state, info, self.generator)
+                collapse.update(self.state, self.kernel.name)
                 self._count(info, "warm-up")
                 if keep:
                     self.warmup.add(self.state, info)

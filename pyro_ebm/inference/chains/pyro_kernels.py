@@ -193,7 +193,7 @@ class _Run:
             initial, rule = starts.find(init, guide)
             with one_thread():
                 deadline = math.inf if self.max_seconds is None else start + self.max_seconds
-                chains, interrupted = self._chains(counted, initial, transforms, deadline)
+                chains, interrupted = self._chains(counted, initial, transforms, deadline, observed_sites(trace))
         cut = not interrupted and min(chain.num_draws for chain in chains) < self.num_samples
         stopped = "interrupted" if interrupted else "max_seconds" if cut else "num_samples"
         notes = {"init": rule, "interrupted": interrupted, "stopped": stopped}
@@ -209,6 +209,7 @@ class _Run:
         initial: dict[str, Tensor],
         transforms: Mapping[str, Any],
         deadline: float,
+        observed: Mapping[str, Tensor],
     ) -> tuple[list[RecordedChain], bool]:
         chains: list[RecordedChain] = []
         total = self.num_chains * (self.num_samples + self.warmup_steps)
@@ -217,7 +218,8 @@ class _Run:
                 # All chains are cut to the shortest, so that no later one need go further.
                 num_samples = min((chain.num_draws for chain in chains), default=self.num_samples)
                 now = time.perf_counter()
-                chains.append(RecordedChain(potential, bar, now + (deadline - now) / (self.num_chains - index)))
+                share = now + (deadline - now) / (self.num_chains - index)
+                chains.append(RecordedChain(potential, bar, share, observed=observed))
                 mcmc = MCMC(
                     chains[-1].watch(self.kernel(potential)),
                     num_samples=num_samples,

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from pyro.infer import HMC
+from pyro.ops.integrator import potential_grad
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from pyro_ebm.inference.density.gradients import broken_gradient
 
 __all__ = ["CountedPotential", "OutOfTimeError", "RecordedChain", "quiet_jit", "stacked"]
 
@@ -55,12 +58,14 @@ class RecordedChain:
         bar: shows the progress.
         deadline: ``time.perf_counter()`` at which the chain ends.
         then: a hook of the user's, called after each step.
+        observed: values by site, named where they leave the kernel without a gradient.
     """
 
     potential: CountedPotential | None
     bar: tqdm
     deadline: float = math.inf
     then: Callable[[Any, Mapping[str, Tensor], str, int], Any] | None = None
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
     params: list[dict[str, Tensor]] = field(default_factory=list)
     stats: list[dict[str, float]] = field(default_factory=list)
     warmup: int = 0
@@ -79,10 +84,21 @@ class RecordedChain:
             setup(*args, **kwargs)
             if self.potential is None and isinstance(kernel, HMC):
                 self.potential = kernel.potential_fn = CountedPotential(kernel.potential_fn)
+            if isinstance(kernel, HMC):
+                self._check_start(kernel)
             self._count = self.count
 
         kernel.setup = counted_setup
         return kernel
+
+    def _check_start(self, kernel: HMC) -> None:
+        """Without a gradient no step is ever taken, at however small a step size."""
+        start = {name: value.detach().clone() for name, value in kernel.initial_params.items()}
+        potential = getattr(kernel.potential_fn, "potential", kernel.potential_fn)  # not counted
+        grads, energy = potential_grad(potential, start)
+        broken = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
+        if broken and bool(energy.isfinite()):
+            raise ValueError(broken_gradient("the starting point", broken, self.observed))
 
     def release(self, kernel: Any) -> None:
         """Undo :meth:`watch`: Pyro takes a potential that a run has left behind for one of the user's."""

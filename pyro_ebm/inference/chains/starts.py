@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_ebm.inference.chains.arguments import as_params, check_names
 from pyro_ebm.inference.chains.report import listed
+from pyro_ebm.inference.density.gradients import holes_in
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.density.strategy import points_by_strategy
 from pyro_ebm.randomness import forked_rng
@@ -147,7 +148,7 @@ def _check_finite(density: LogDensity, points: Tensor, rule: str, guide: Callabl
     chains = listed(bad.reshape(len(bad), -1).any(1))
     where = f" (data {listed(bad.any(0))})" if bad.ndim > 1 else ""
     working = _working_rules(density, len(points), rule, guide)
-    holes = [] if density.target is None else _with_nan(density.target.observed)
+    holes = [] if density.target is None else holes_in(density.target.observed)
     remedy = (
         f"the observed site(s) {holes} hold NaN: leave those data out, or mask them"
         if holes and not working
@@ -159,10 +160,6 @@ def _check_finite(density: LogDensity, points: Tensor, rule: str, guide: Callabl
     raise ValueError(
         f"the density is zero or not finite at the starting points of chain(s) {chains}{where}, {how}; {remedy}"
     )
-
-
-def _with_nan(observed: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, value in observed.items() if bool(torch.as_tensor(value).isnan().any())]
 
 
 def _working_rules(density: LogDensity, num: int, failed: str, guide: Callable[..., Any] | None) -> list[str]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pyro_ebm.devices import one_thread
 from pyro_ebm.inference.chains.arguments import check_names, check_saved
 from pyro_ebm.inference.chains.recording import RecordedChain, quiet_jit, stacked
+from pyro_ebm.inference.density.gradients import no_start
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace, untilted
@@ -97,16 +98,19 @@ class StockChains:
             quiet_jit(),
             tqdm(total=total, desc=name, disable=not self.progress, mininterval=0.5) as bar,
         ):
-            chains = self._chains(bar, args, kwargs)
+            observed = {} if trace is None else observed_sites(trace)
+            chains = self._chains(bar, observed, args, kwargs)
         draws = self._collect(chains, name, time.perf_counter() - began)
         if trace is None:
             return draws
-        return replace(draws, observed=observed_sites(trace), source=Source(self.kernel.model, args, kwargs))
+        return replace(draws, observed=observed, source=Source(self.kernel.model, args, kwargs))
 
-    def _chains(self, bar: tqdm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[RecordedChain]:
+    def _chains(
+        self, bar: tqdm, observed: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[RecordedChain]:
         chains: list[RecordedChain] = []
         for index in range(self.num_chains):
-            chain = RecordedChain(None, bar, then=self._hook(index))
+            chain = RecordedChain(None, bar, then=self._hook(index), observed=observed)
             chain.watch(self.kernel)
             try:
                 mcmc = pyro.infer.MCMC(
@@ -122,6 +126,10 @@ class StockChains:
                 mcmc.run(*args, **kwargs)
             except KeyboardInterrupt:
                 self.interrupted = True
+            except ValueError as error:
+                if "cannot find valid initial params" in str(error):  # all that Pyro says
+                    raise ValueError(no_start(observed)) from error
+                raise
             finally:
                 chain.release(self.kernel)
             if self.interrupted:

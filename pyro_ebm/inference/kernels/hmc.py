@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_ebm.checks import whole_number
 from pyro_ebm.foreign import named_elsewhere
 from pyro_ebm.inference.kernels.kernel import (
+    MAX_ENERGY_ERROR,
     Info,
     Kernel,
     State,
@@ -96,13 +97,15 @@ def hamiltonian_step(
     num_steps: int,
     adjusted: bool = True,
 ) -> tuple[State, Info]:
-    """Draw velocities, follow the dynamics, accept or reject; without ``adjusted`` accept all that is finite."""
+    """Draw velocities, follow the dynamics, accept or reject; if not ``adjusted`` take all but falls off a cliff."""
     velocity = normals(state.u, generator)
     energy = 0.5 * velocity.square().sum(-1) - state.log_prob
     end, arrival = leapfrog(value_and_grad, state, velocity, stride, num_steps)
     log_ratio = energy + end[1] - 0.5 * arrival.square().sum(-1)
     acceptance = torch.where(log_ratio.isfinite(), log_ratio.clamp(max=0.0).exp(), 0.0)
-    accepted = uniforms(acceptance, generator) < acceptance if adjusted else torch.ones_like(acceptance).bool()
+    # Of many coordinates each has a part in the ratio: a bound on the whole would stop the dynamics of images.
+    bound = -MAX_ENERGY_ERROR * state.u.shape[-1]
+    accepted = uniforms(acceptance, generator) < acceptance if adjusted else log_ratio > bound
     after, diverging = transition(state, end, log_ratio, accepted)
     return after, Info(acceptance, diverging, energy, num_steps, end[0], arrival, num_steps * stride.length)
 

@@ -18,10 +18,10 @@ from pyro_ebm.inference.kernels.pyro_options import Adapted, Blocks, check_full_
 if TYPE_CHECKING:
     from pyro_ebm.inference.kernels.one_chain import OneChain
 
-__all__ = ["Info", "Kernel", "State", "Step", "Tuning", "ValueAndGrad", "uniforms"]
+__all__ = ["MAX_ENERGY_ERROR", "Info", "Kernel", "State", "Step", "Tuning", "ValueAndGrad", "uniforms"]
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, ...]]
-_MAX_ENERGY_ERROR = 1000.0  # as Stan: a trajectory this far off no longer follows the dynamics
+MAX_ENERGY_ERROR = 1000.0  # as Stan: a trajectory this far off no longer follows the dynamics
 
 
 class Tuning(NamedTuple):
@@ -321,7 +321,7 @@ def transition(
         accepted: which chains take it.
     """
     possible = log_ratio.isfinite()  # an infinite density, once entered, is never left
-    diverging = ~(possible & (log_ratio > -_MAX_ENERGY_ERROR))
+    diverging = ~(possible & (log_ratio > -MAX_ENERGY_ERROR))
     accepted = accepted & possible
     u, log_prob, grad = end
     moved = accepted[..., None]

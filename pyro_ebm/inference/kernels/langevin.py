@@ -59,14 +59,14 @@ class MALA(Kernel):
 @named_elsewhere
 @dataclass(eq=False, repr=False)
 class ULA(MALA):
-    r"""Unadjusted Langevin: every step is taken, so the draws follow a distribution near the target, not the target.
+    r"""Unadjusted Langevin: steps without a Metropolis test, whose draws follow a distribution near the target.
 
     The bias does not shrink with more draws, only with the step size: of a Gaussian coordinate of variance
     :math:`s^2` the draws have variance :math:`s^2 / (1 - \epsilon / (4 s^2))` (scales by :math:`M^{-1}` aside), and
     with :math:`\epsilon \ge 4 s^2` they run away. By default the step size is adapted until a Metropolis step would
     have accepted 95 % of the proposals; ``acceptance_rate`` in the draws' statistics is that probability, a measure of
-    the bias. Proposals at which the density is not finite, or lower by a factor of ``exp(-1000)``, are not taken, and
-    counted as divergences.
+    the bias. Proposals at which the density is not finite, or of a Metropolis ratio below ``exp(-1000)`` for each
+    coordinate, are not taken; they count as divergences, as do all of a ratio below ``exp(-1000)``.
 
     Args of :class:`Kernel`.
 

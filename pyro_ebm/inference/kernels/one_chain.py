@@ -10,6 +10,7 @@ from pyro.infer.autoguide import init_to_uniform
 from torch import Tensor
 
 from pyro_ebm.inference.density.capture import captured
+from pyro_ebm.inference.density.gradients import check_gradients
 from pyro_ebm.inference.density.potential import potential_density
 from pyro_ebm.inference.density.strategy import points_by_strategy
 from pyro_ebm.inference.kernels.adaptation import Adaptation, find_step_size, initial_tuning
@@ -60,6 +61,7 @@ class OneChain:
             self._function = captured(self.density.value_and_grad, u)
             self._step = kernel.bind(self._function, self._generator)
             log_prob, grad = self._function(u)
+            check_gradients(self.density, log_prob, grad)
             self._state = State(u, log_prob, grad, initial_tuning(kernel, u))
             if kernel.adapt_step_size and kernel.given_step_size is None and warmup_steps:
                 size, _ = find_step_size(kernel, self._state, self._function, self._generator)

@@ -204,8 +204,8 @@ def test_harmonic_mean_of_acceptance():
     assert float(HMC(GAUSSIAN).average_acceptance(rates[:, 0])) == pytest.approx(2.5 / 3)
 
 
-def test_unadjusted_steps_are_taken_whatever_the_energy():
-    state = start(GAUSSIAN, torch.full((50, 2), 40.0), step_size=2.5)
+def test_unadjusted_steps_are_taken_without_a_metropolis_test():
+    state = start(GAUSSIAN, torch.full((50, 2), 12.0), step_size=2.5)
     after, info = hamiltonian_step(
         GAUSSIAN.value_and_grad, state, generator(), stride=stride_of(state), num_steps=1, adjusted=False
     )
