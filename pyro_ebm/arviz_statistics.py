@@ -69,8 +69,8 @@ def psis(log_weights: Tensor | NDArray[Any]) -> tuple[Tensor, float]:
         return torch.full_like(original, math.nan), math.nan
     kept = normalized[positive]
     enough = len(kept) >= _MIN_WEIGHTS
-    tail = kept.sort().values[-_tail_length(len(kept)) :] if enough else kept
-    if tail.max() - tail.min() < _rounding(original):  # fitting would raise on ArviZ 1.x and return inf on 0.23
+    tail = logs[positive].sort().values[-_tail_length(len(kept)) :] if enough else logs[positive]
+    if tail.max() - tail.min() < _rounding(tail, original.dtype):  # a fit raises on ArviZ 1.x, is inf on 0.23
         return normalized.to(original), 0.0
     if not enough:
         return normalized.to(original), math.inf
@@ -92,14 +92,15 @@ def importance_ess(log_weights: Tensor) -> Tensor:
     Returns:
         (*batch,), between 1 and the number of draws.
     """
-    return (2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1)).exp()
+    peak = log_weights.amax(-1, keepdim=True)  # taken off: log weights of a thousand nats would be rounded
+    logs = log_weights - torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
+    return (2 * logs.logsumexp(-1) - (2 * logs).logsumexp(-1)).exp()
 
 
-def _rounding(log_weights: Tensor) -> float:
-    """Differences of log weights, sums of larger terms, that are below what their precision can tell."""
-    finite = log_weights[log_weights.isfinite()].abs()
-    eps = torch.finfo(log_weights.dtype).eps if log_weights.is_floating_point() else 0.0
-    return max(1e-6, 8 * eps * float(finite.max()))
+def _rounding(tail: Tensor, dtype: torch.dtype) -> float:
+    """Differences within the tail, of sums of larger terms, that are below what their precision can tell."""
+    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return max(1e-6, 8 * eps * float(tail.abs().max()))
 
 
 def _tail_length(num_draws: int) -> int:

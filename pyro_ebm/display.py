@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.chain_statistics import ess_bulk, r_hat
-from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, above, pareto_k_limit
+from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, above, weights_problem
 
 __all__ = [
     "describe_draws",
@@ -156,8 +156,10 @@ def _notes(draws: Any, worst_r_hat: float) -> list[str]:
     notes = []
     if worst_r_hat > R_HAT_OF_DISAGREEMENT:
         notes.append(f"chains disagree: R-hat up to {above(worst_r_hat, R_HAT_OF_DISAGREEMENT)}")
-    if draws.pareto_k is not None and not draws.pareto_k <= (limit := pareto_k_limit(draws.log_weights.numel())):
-        notes.append(f"the weights are not reliable: Pareto k above {limit:.2g}")
+    if draws.pareto_k is not None:
+        logs = draws.log_weights.flatten()
+        problem = weights_problem(draws.pareto_k, float(importance_ess(logs)), logs.numel())
+        notes += [f"the weights are not reliable: {problem}"] if problem else []
     divergences = int(draws.stats["diverging"].sum()) if "diverging" in draws.stats else 0
     if divergences:
         notes.append(f"{divergences:,} of {draws.stats['diverging'].numel():,} transitions diverged")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["MAX_R_HAT", "R_HAT_OF_DISAGREEMENT", "above", "pareto_k_limit"]
+__all__ = ["MAX_R_HAT", "R_HAT_OF_DISAGREEMENT", "above", "least_ess", "pareto_k_limit", "weights_problem"]
 
 # What a table calls good and sampling to a target waits for (Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021): some
 # 50 effective draws in each half of a chain, however many chains there are.
@@ -38,3 +38,33 @@ def pareto_k_limit(num_draws: int) -> float:
         Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling.
     """
     return min(max(1.0 - 1.0 / math.log10(num_draws), 0.0), _LARGEST_K) if num_draws > 10 else 0.0
+
+
+_FEWEST_EFFECTIVE, _LEAST_SHARE = 50.0, 0.05
+
+
+def least_ess(num_draws: int) -> float:
+    """The effective sample size below which importance weights cannot be trusted, whatever their tail looks like.
+
+    50, or a twentieth of the draws where they are fewer than 1,000: the tail that k is fitted to, of a few dozen draws,
+    is then most of what counts.
+
+    Args:
+        num_draws: that are weighted.
+    """
+    return min(_FEWEST_EFFECTIVE, _LEAST_SHARE * num_draws)
+
+
+def weights_problem(k: float, ess: float, num_draws: int) -> str:
+    """What is wrong with importance weights, in words; ``""`` where they can be trusted.
+
+    Args:
+        k: Pareto shape of their tail.
+        ess: effective sample size, Kish's.
+        num_draws: that are weighted.
+    """
+    if not k <= (limit := pareto_k_limit(num_draws)):
+        return f"Pareto k = {k:.2f} > {limit:.2g}, effective sample size {ess:.1f} of {num_draws}"
+    if not ess >= (least := least_ess(num_draws)):
+        return f"effective sample size {ess:.1f} < {least:.3g} of {num_draws}, too few to tell (Pareto k = {k:.2f})"
+    return ""

@@ -52,6 +52,19 @@ def test_psis_of_zero_weights():
     assert float(smoothed.exp().sum()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("far", [-1e3, -1e8, -1e12, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_judged_by_the_tail(dtype, far):
+    """A log weight far below all others says nothing of how precisely the largest are known."""
+    logs = (20 * normal(4000)).to(dtype)
+    k = psis(logs)[1]
+    assert k > 5 and psis(torch.cat([logs, logs.new_tensor([far])]))[1] == pytest.approx(k, rel=1e-3)
+
+
+def test_a_tail_that_is_all_rounding_is_flat():
+    assert psis((1e8 + normal(4000) * 1e-3).float())[1] == 0.0
+
+
 @pytest.mark.parametrize("num", [1, 10, 1000])
 def test_psis_of_equal_weights_is_a_bounded_tail(num):
     smoothed, k = psis(torch.full((num,), 7.0))
@@ -84,6 +97,7 @@ def test_importance_ess():
     weights = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
     assert torch.allclose(importance_ess(weights.log()), torch.tensor([1 / 0.375, 1.0]))
     assert torch.allclose(importance_ess(weights.log() + 50), torch.tensor([1 / 0.375, 1.0]))
+    assert torch.equal(importance_ess(torch.full((64,), -2.0**22)), torch.tensor(64.0))  # no digits of e-fold lost
 
 
 def test_arviz_announcements_do_not_leak(tmp_path):

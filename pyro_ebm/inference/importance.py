@@ -14,7 +14,7 @@ from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.display import describe_log_likelihood, log_likelihood_as_html
-from pyro_ebm.errors import interruption_told, report
+from pyro_ebm.errors import interruption_told, report, warn_user
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.importance_sampler import ImportanceSampler
@@ -22,11 +22,12 @@ from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import Layout, TiltedCall, tilted_call
-from pyro_ebm.thresholds import pareto_k_limit
+from pyro_ebm.thresholds import least_ess, weights_problem
 
-__all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws"]
+__all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws", "weighed"]
 
 _CHUNK = 4096
+_FEWEST_PER_DATUM = 10.0  # effective draws: a value that is uncertain by a third of a nat
 _NO_GUIDE = (
     "log_likelihood(model, guide, x) proposes the latent sites of each datum from a guide, got {} for guide. Without "
     "one: to_arviz(sample(model, x)) holds the log likelihood of each datum at each draw (az.loo, az.compare); "
@@ -104,20 +105,37 @@ def importance(
     Reference:
         Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto Smoothed Importance Sampling.
     """
+    draws, problem = weighed(
+        model, guide, args, dict(model_kwargs or {}), num_samples=num_samples, seed=seed, vectorize=vectorize
+    )
+    report(problem, strict=strict)
+    return draws
+
+
+def weighed(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    num_samples: int,
+    seed: int | None,
+    vectorize: str = "auto",
+) -> tuple[Draws, str | None]:
+    """What :func:`importance` returns, and what it warns of: for those who go on where the weights will not do."""
     whole_number("num_samples", num_samples, at_least=2)
     start = time.perf_counter()
     told = interruption_told("interrupted before all draws were made and weighed: there are no draws yet")
     with random_stream(seed), torch.no_grad(), told:
-        sampler = ImportanceSampler(model, guide, args, dict(model_kwargs or {}), vectorize=vectorize)
+        sampler = ImportanceSampler(model, guide, args, kwargs, vectorize=vectorize)
         sampler.choose_ways()
         chunks = [sampler.draw(min(_CHUNK, num_samples - k)) for k in range(0, num_samples, _CHUNK)]
     log_weights = torch.cat([chunk[0] for chunk in chunks])
     values = {site: torch.cat([chunk[1][site] for chunk in chunks])[None] for site in chunks[0][1]}
     log_z = importance_estimate(log_weights)
     normalized, k, problem = _judge(log_weights)
-    report(problem, strict=strict)
     seconds = time.perf_counter() - start
-    return Draws(
+    draws = Draws(
         values=values,
         method="snis",
         stats={"lp": torch.cat([chunk[2] for chunk in chunks])[None]},
@@ -136,6 +154,7 @@ def importance(
             "vectorize": sampler.way,
         },
     )
+    return draws, problem
 
 
 def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
@@ -156,12 +175,12 @@ def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
         )
     normalized = log_weights.log_softmax(-1)
     _, k = psis(log_weights)
-    if k <= (limit := pareto_k_limit(len(log_weights))):
+    problem = weights_problem(k, float(importance_ess(normalized)), len(log_weights))
+    if not problem:
         return normalized, k, None
     return normalized, k, (
-        f"importance weights are not reliable: Pareto k = {k:.2f} > {limit:.2g}, effective sample size "
-        f"{float(importance_ess(normalized)):.1f} of {len(log_weights)}; the target is far from the proposal "
-        f"(or its energy is unbounded below): draw more, give a better guide, or use MCMC"
+        f"importance weights are not reliable: {problem}; the target is far from the proposal (or its energy is "
+        f"unbounded below): draw more, give a better guide, or use MCMC"
     )
 
 
@@ -200,7 +219,8 @@ def log_likelihood(
         ValueError: a model that does not fit the description; ``log_z`` of one without a tilt, or not finite.
 
     Warns:
-        InferenceWarning: a log Z that draws of the base cannot tell; give ``log_z=`` then.
+        InferenceWarning: data whose draws are worth fewer than ten; a log Z that draws of the base cannot tell (give
+            ``log_z=`` then).
 
     Reference:
         Burda, Grosse, Salakhutdinov (2016), Importance Weighted Autoencoders.
@@ -224,7 +244,15 @@ def log_likelihood(
             value, log_z_se = value - shift, error.expand(len(x)).clone()
             se = (se**2 + log_z_se**2).sqrt()
     k = torch.tensor([psis(column)[1] for column in log_weights.T], device=se.device)
-    return LogLikelihood(value, se, k, importance_ess(log_weights.T.log_softmax(-1)), log_z_se)
+    ess = importance_ess(log_weights.T)
+    few = ess < min(_FEWEST_PER_DATUM, least_ess(num_samples))
+    if bool(few.any()):
+        warn_user(
+            f"log_likelihood: the draws of {int(few.sum())} of {len(few)} data are worth next to nothing (effective "
+            f"sample size {float(ess.min()):.1f} of {num_samples} for datum {int(ess.argmin())}): their values are too "
+            f"low by an unknown amount; draw more (num_samples), or train the guide on"
+        )
+    return LogLikelihood(value, se, k, ess, log_z_se)
 
 
 def _check_log_z(call: TiltedCall | None, log_z: Estimate | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from torch import Tensor
 
-from pyro_ebm.arviz_statistics import psis
+from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.as_draws import as_draws, samples_as_draws
@@ -32,7 +32,7 @@ from pyro_ebm.structure import (
     unconditioned,
     untilted,
 )
-from pyro_ebm.thresholds import pareto_k_limit
+from pyro_ebm.thresholds import weights_problem
 from pyro_ebm.tilts.normalizer import checked_energy
 
 __all__ = ["predictive"]
@@ -191,9 +191,10 @@ def _check_weights(log_weights: Tensor) -> None:
             "the energy returns NaN, is unbounded below, or is +inf wherever the model puts its draws"
         )
     worst = int(log_weights.softmax(0).square().sum(0).argmax())
-    _, k = psis(log_weights[:, worst])
-    if k > (limit := pareto_k_limit(len(log_weights))):
+    weights = log_weights[:, worst]
+    problem = weights_problem(psis(weights)[1], float(importance_ess(weights)), len(weights))
+    if problem:
         warn_user(
-            f"predictive draws of a tilted model: the weights exp(-E) of forward runs are not reliable (Pareto k = "
-            f"{k:.2f} > {limit:.2g}); draw the tilted sites by MCMC and pass them as draws="
+            f"predictive draws of a tilted model: the weights exp(-E) of forward runs are not reliable ({problem}); "
+            f"draw the tilted sites by MCMC and pass them as draws="
         )

@@ -17,7 +17,7 @@ from pyro_ebm.errors import report
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.mcmc import MCMC
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.inference.importance import importance
+from pyro_ebm.inference.importance import weighed
 from pyro_ebm.thresholds import MAX_R_HAT, pareto_k_limit
 
 __all__ = ["Target", "importance_until", "judged", "reported", "run_until"]
@@ -170,8 +170,7 @@ def importance_until(
     num = int(min(max(4 * target.ess, 2000), _FIRST_IMPORTANCE, limit))
     while True:
         started = time.perf_counter()
-        options: dict[str, Any] = {"seed": seed, "strict": strict, "vectorize": vectorize, "model_kwargs": kwargs}
-        draws = importance(model, guide, *args, num_samples=num, **options)
+        draws, problem = weighed(model, guide, args, kwargs, num_samples=num, seed=seed, vectorize=vectorize)
         ess, now = draws.notes["ess"], time.perf_counter()
         # Each round draws anew: so many fit into the time left.
         fitting = int(num * max(target.max_seconds - (now - began), 0.0) / max(now - started, 1e-9))
@@ -186,5 +185,6 @@ def importance_until(
         else:
             num = min(math.ceil(1.2 * num * target.ess / ess), limit, fitting)
             continue
+        report(problem, strict=strict)
         notes = {**draws.notes, "stopped": stopped, "target_ess": target.ess}
         return reported(replace(draws, seconds=now - began, notes=notes), target, strict=strict)

@@ -32,14 +32,14 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
-from pyro_ebm.arviz_statistics import psis
+from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy, FunctionEnergy, as_energy
 from pyro_ebm.errors import report
 from pyro_ebm.estimates import Estimate, importance_estimate, log_mean_exp
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.structure import unmasked
-from pyro_ebm.thresholds import pareto_k_limit
+from pyro_ebm.thresholds import weights_problem
 from pyro_ebm.tilts.streams import current_stream, enough, hides_nothing, log_z_seed, seen_at_draws
 
 __all__ = [
@@ -366,11 +366,11 @@ def _problem(log_weights: Tensor, estimate: Estimate) -> str | None:
         return f"log Z is not finite ({values}): the energy is unbounded below or returns NaN; {_REMEDY}"
     columns = log_weights.reshape(log_weights.shape[0], -1)
     worst = int(estimate.se.reshape(-1).argmax())
-    _, k = psis(columns[:, worst])
-    if k > (limit := pareto_k_limit(len(columns))):
+    weights = columns[:, worst]
+    problem = weights_problem(psis(weights)[1], float(importance_ess(weights)), len(weights))
+    if problem:
         return (
-            f"the estimate of log Z is not reliable: the weights exp(-E) have a heavy tail "
-            f"(Pareto k = {k:.2f} > {limit:.2g}), as when the energy is unbounded below or the tilt is far from its "
-            f"base; {_REMEDY}"
+            f"the estimate of log Z is not reliable: the weights exp(-E) have a heavy tail ({problem}), as when the "
+            f"energy is unbounded below or the tilt is far from its base; {_REMEDY}"
         )
     return None

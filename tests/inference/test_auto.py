@@ -22,6 +22,7 @@ from pyro_ebm import (
 )
 from pyro_ebm.chain_statistics import ess_bulk, r_hat
 from pyro_ebm.inference import auto, until
+from pyro_ebm.inference.importance import weighed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*chains disagree:pyro_ebm.InferenceWarning")
 QUIET = {"seed": 0, "progress": False}
@@ -147,9 +148,9 @@ def test_good_weights_that_are_too_few(small, clock):
 def test_importance_sampling_has_a_quarter_of_the_time(small, clock, monkeypatch):
     def slowly(*args, num_samples, **kwargs):
         clock.seconds += num_samples / 4000
-        return importance(*args, num_samples=num_samples, **kwargs)
+        return weighed(*args, num_samples=num_samples, **kwargs)
 
-    monkeypatch.setattr(until, "importance", slowly)
+    monkeypatch.setattr(until, "weighed", slowly)
     draws = sample(tilted(1.2, 0.0), ess=7000, max_seconds=20.0, num_chains=64, **QUIET)
     assert " of 16000 draws: not kept (ESS < 7000)" in steps(draws)[0] and draws.method == "chees"
     assert clock.seconds == pytest.approx(5.0)
@@ -160,9 +161,9 @@ def test_weights_of_middling_quality_are_not_drawn_again_and_again(small, monkey
 
     def counted(*args, **kwargs):
         calls.append(kwargs["num_samples"])
-        return importance(*args, **kwargs)
+        return weighed(*args, **kwargs)
 
-    monkeypatch.setattr(until, "importance", counted)
+    monkeypatch.setattr(until, "weighed", counted)
     draws = sample(tilted(2.0, 0.0), ess=4000, **QUIET)
     assert calls == [4000] and draws.method == "chees" and "not kept (k >= 0.5)" in steps(draws)[0]
 

@@ -13,6 +13,7 @@ import torch
 from pyro_ebm import MALA, MCMC, ChEES, InferenceError, InferenceWarning, LinearEnergy, importance, tilt
 from pyro_ebm.chain_statistics import ess_bulk, r_hat
 from pyro_ebm.inference import until
+from pyro_ebm.inference.importance import weighed
 from pyro_ebm.inference.until import Target, importance_until, judged, run_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*chains disagree:pyro_ebm.InferenceWarning")
@@ -226,9 +227,9 @@ def test_weights_and_their_limits(clock):
 def test_weights_spend_the_time_allowed(clock, monkeypatch):
     def slowly(*args, num_samples, **kwargs):
         clock.seconds += num_samples / 4000
-        return importance(*args, num_samples=num_samples, **kwargs)
+        return weighed(*args, num_samples=num_samples, **kwargs)
 
-    monkeypatch.setattr(until, "importance", slowly)
+    monkeypatch.setattr(until, "weighed", slowly)
     with pytest.warns(InferenceWarning, match=r"snis: stopped by max_seconds=7.5 with ESS"):
         draws = weighted(1.0, Target(1e5, max_seconds=7.5))
     assert draws.notes["stopped"] == "max_seconds" and draws.num_draws == 26_000  # after 4,000 to see
