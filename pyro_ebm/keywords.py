@@ -18,7 +18,7 @@ from pyro_ebm.arrays import as_tensors, holds_arrays
 from pyro_ebm.foreign import foreign_hint
 from pyro_ebm.structure import prototype_trace, untilted
 
-__all__ = ["ModelArguments", "model_arguments", "model_inputs", "passes_keywords", "sorted_keywords"]
+__all__ = ["ModelArguments", "argument_names", "model_arguments", "model_inputs", "passes_keywords", "sorted_keywords"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +57,12 @@ def model_arguments(model: Any, num_args: int = 0) -> ModelArguments:
     names = frozenset(p.name for p in parameters if p.kind in _BY_NAME) - filled
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     return ModelArguments(names, names - _set_by_partial(model), takes_any)
+
+
+def argument_names(model: Any) -> tuple[str, ...]:
+    """The arguments that a model takes by position, in their order; looks through what :func:`model_arguments` does."""
+    signature = _signature(model) if callable(model) else None
+    return () if signature is None else tuple(p.name for p in signature.parameters.values() if p.kind in _POSITIONAL)
 
 
 def _inside(model: Any) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_ebm.arrays import Array, as_tensor
+from pyro_ebm.arrays import as_tensors
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.display import describe_log_likelihood, log_likelihood_as_html
@@ -18,14 +18,17 @@ from pyro_ebm.errors import interruption_told, report, warn_user
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.importance_sampler import ImportanceSampler
-from pyro_ebm.keywords import passes_keywords
+from pyro_ebm.keywords import passes_keywords, sorted_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import Layout, TiltedCall, tilted_call
 from pyro_ebm.thresholds import least_ess, weights_problem
+from pyro_ebm.training.inputs import row_batches
 
 __all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws", "weighed"]
 
+Data = Any  # a tensor, an array, a table; several in a tuple or a dict; a Dataset, a DataLoader
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 _CHUNK = 4096
 _FEWEST_PER_DATUM = 10.0  # effective draws: a value that is uncertain by a third of a nat
 _NO_GUIDE = (
@@ -187,12 +190,14 @@ def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
 def log_likelihood(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    x: Array | None = None,
+    x: Data = None,
     *,
     num_samples: int = 1000,
     log_z: Estimate | None = None,
     seed: int | None = None,
     batch_size: int = 100,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> LogLikelihood:
     r"""Importance-weighted estimate of ``log p(x_i)`` for each datum.
 
@@ -203,12 +208,15 @@ def log_likelihood(
     Args:
         model: takes ``x``; all its sites lie in one plate at dim -1, along the data.
         guide: proposes the latent sites given ``x``.
-        x: (n, *event); has to be given.
+        x: (n, *event); several in a tuple, or by the first arguments of model and guide in a dict; a ``Dataset`` or a
+            ``DataLoader``. Has to be given.
         num_samples: draws per datum, K.
         log_z: log Z of the tilt and its error, where better known than from 100,000 draws of the base: what
             ``log_normalizer(..., method="ais")`` returns.
         seed: a number for the same answer twice.
-        batch_size: data per pass, to bound memory.
+        batch_size: data per pass, to bound memory; a DataLoader has its own.
+        model_kwargs: keyword arguments of model and guide, whatever their names, the same for all data.
+        **kwargs: the same, where no option has their name.
 
     Returns:
         ``value``, ``se``, ``pareto_k``, ``ess``, ``log_z_se``, each (n,); ``.mean()`` over the data counts the error
@@ -228,20 +236,20 @@ def log_likelihood(
     whole_number("num_samples", num_samples, at_least=2)
     if x is None or not callable(guide):
         raise TypeError(_NO_GUIDE.format(type(guide).__name__))
-    x = as_tensor(x)
-    call = tilted_call(model, (x,))
+    calls = _calls("log_likelihood()", model, guide, x, batch_size, kwargs, model_kwargs)
+    call = tilted_call(model, *calls[0])
     _check_log_z(call, log_z)
     with random_stream(seed), torch.no_grad(), evaluation_mode(model, guide):
-        log_weights = torch.cat([weights for _, weights in _data_draws(model, guide, x, num_samples, batch_size)], 1)
+        log_weights = torch.cat([weights for _, weights in _data_draws(model, guide, calls, num_samples)], 1)
         value, se = importance_estimate(log_weights)
         log_z_se = torch.zeros_like(se)
         if call is not None and (log_z is not None or call.tilted.normalize is not False):
             # A stream of its own: the two errors are added as independent ones.
             found = log_z
             if found is None:
-                found = _log_normalizer(model, x, batch_size, None if seed is None else seed + 1)
+                found = _log_normalizer(model, calls, None if seed is None else seed + 1)
             shift, error = (torch.as_tensor(part).to(se) for part in found)
-            value, log_z_se = value - shift, error.expand(len(x)).clone()
+            value, log_z_se = value - shift, error.expand(len(se)).clone()
             se = (se**2 + log_z_se**2).sqrt()
     k = torch.tensor([psis(column)[1] for column in log_weights.T], device=se.device)
     ess = importance_ess(log_weights.T)
@@ -266,72 +274,98 @@ def _check_log_z(call: TiltedCall | None, log_z: Estimate | None) -> None:
         raise ValueError(f"log_z must be finite with a finite standard error, got {tuple(map(float, log_z))}")
 
 
-def _log_normalizer(model: Callable[..., Any], x: Tensor, batch_size: int, seed: int | None) -> Estimate:
+def _calls(
+    owner: str, model: Any, guide: Any, data: Data, batch_size: int,
+    kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any] | None,
+) -> list[Call]:  # fmt: skip
+    """What model and guide are called with, for some data after the other."""
+    whole_number("batch_size", batch_size)
+    batches = list(row_batches("x", data, batch_size, model, guide))
+    options = frozenset({"num_samples", "log_z", "seed", "batch_size"})
+    _, bound = sorted_keywords(owner, model, len(batches[0]), options, kwargs, model_kwargs)
+    num = sum(len(batch[0]) for batch in batches)
+    for name, value in bound.items():
+        if num > 1 and len(getattr(value, "shape", ())) and value.shape[0] == num:
+            raise ValueError(
+                f"{name} has a row for each of the {num} data: give it with them, in a tuple or a dict by the model's "
+                f"arguments; what is the same for all data can be bound to the model with functools.partial"
+            )
+    return [(batch, as_tensors(bound)) for batch in batches]
+
+
+def _log_normalizer(model: Callable[..., Any], calls: Sequence[Call], seed: int | None) -> Estimate:
     """Log Z of the tilt: the number the user gave, one for all data, or one per datum."""
 
-    def log_z(rows: Tensor, num_samples: int) -> Estimate:
-        call = tilted_call(model, (rows,))
-        assert call is not None
-        return call.tilted.log_normalizer(*call.args, num_samples=num_samples, seed=seed, **call.kwargs)
+    def log_z(call: Call, num_samples: int) -> Estimate:
+        inner = tilted_call(model, *call)
+        assert inner is not None
+        return inner.tilted.log_normalizer(
+            *inner.args, num_samples=num_samples, seed=seed, model_kwargs=inner.kwargs
+        )
 
-    call = tilted_call(model, (x,))
+    call = tilted_call(model, *calls[0])
     assert call is not None
     if isinstance(call.tilted.normalize, Tensor):
         return Estimate(call.tilted.normalize, torch.zeros(()))
     if call.tilted.structure(*call.args, **call.kwargs).is_pooled(list(call.tilted.energies)):
-        return log_z(x, 100_000)
-    rows = x.split(batch_size)  # draws times data: bounded as the weights are
-    parts = [log_z(part, 10_000) for part in rows]
-    expanded = [[t.expand(len(part)) for t in found] for part, found in zip(rows, parts, strict=True)]
+        return log_z(calls[0], 100_000)
+    parts = [log_z(each, 10_000) for each in calls]  # draws times data: bounded as the weights are
+    expanded = [[t.expand(len(rows[0])) for t in found] for (rows, _), found in zip(calls, parts, strict=True)]
     return Estimate(*(torch.cat(column) for column in zip(*expanded, strict=True)))
 
 
 def posterior_draws(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    x: Array,
+    x: Data,
     *,
     num_samples: int,
     seed: int | None = None,
     batch_size: int = 100,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Weighted posterior draws of each datum on its own, from the guide.
 
     Args:
         model: takes ``x``; all its sites lie in one plate at dim -1, along the data.
         guide: proposes the latent sites given ``x``.
-        x: (n, *event).
+        x: (n, *event), or several, as in :func:`log_likelihood`.
         num_samples: draws per datum.
         seed: a number for the same draws twice.
-        batch_size: data per pass, to bound memory.
+        batch_size: data per pass, to bound memory; a DataLoader has its own.
+        model_kwargs: keyword arguments of model and guide, whatever their names, the same for all data.
+        **kwargs: the same, where no option has their name.
 
     Returns:
         site -> values (n, num_samples, *site_event), and log weights (n, num_samples) normalized per datum.
     """
+    calls = _calls("posterior_draws()", model, guide, x, batch_size, kwargs, model_kwargs)
     with random_stream(seed), torch.no_grad():
-        parts = list(_data_draws(model, guide, as_tensor(x), num_samples, batch_size))
+        parts = list(_data_draws(model, guide, calls, num_samples))
     log_weights = torch.cat([weights for _, weights in parts], 1).T.log_softmax(-1)
     values = {site: torch.cat([v[site] for v, _ in parts], 1).transpose(0, 1) for site in parts[0][0]}
     return {site: value.contiguous() for site, value in values.items()}, log_weights.contiguous()
 
 
 def _data_draws(
-    model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, num_samples: int, batch_size: int
+    model: Callable[..., Any], guide: Callable[..., Any], calls: Sequence[Call], num_samples: int
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """For some data after the other: draws (num_samples, n, *site_event) by site, log weights (num_samples, n)."""
     first = None
-    for rows in x.split(batch_size):
-        sampler = ImportanceSampler(model, guide, (rows,), {}, per_datum=True)
+    for args, kwargs in calls:
+        num = len(args[0])
+        sampler = ImportanceSampler(model, guide, args, kwargs, per_datum=True)
         _check_one_plate(sampler.layout, sampler.sites)
         sampler.choose_ways(like=first)
         first = first or sampler
         values: dict[str, list[Tensor]] = {site: [] for site in sampler.sites}
         weights = []
-        chunk = max(_CHUNK * 4 // len(rows), 1)
+        chunk = max(_CHUNK * 4 // num, 1)
         for start in range(0, num_samples, chunk):
             size = min(chunk, num_samples - start)
             log_weights, drawn, _ = sampler.draw(size)
-            weights.append(log_weights.expand(size, len(rows)))
+            weights.append(log_weights.expand(size, num))
             for site in values:
                 values[site].append(drawn[site])
         yield {site: torch.cat(chunks) for site, chunks in values.items()}, torch.cat(weights)

@@ -14,13 +14,13 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
-from pyro_ebm.inference.importance import LogLikelihood, log_likelihood
+from pyro_ebm.inference.importance import Data, LogLikelihood, log_likelihood
 from pyro_ebm.structure import event_dim_of
 from pyro_ebm.tilts.normalizer import Normalizer, checked_energy, enumerated, is_exchangeable, site_log_weights
 from pyro_ebm.tilts.tilt import TiltedModel
+from pyro_ebm.training.inputs import in_memory
 
 __all__ = ["SamplingBound", "snis_log_likelihood"]
 
@@ -80,7 +80,7 @@ class SamplingBound:
 def snis_log_likelihood(
     model: TiltedModel,
     guide: Callable[..., Any],
-    x: Array,
+    x: Data,
     *,
     num_samples: int = 1000,
     num_proposals: int = 1024,
@@ -98,7 +98,7 @@ def snis_log_likelihood(
     Args:
         model: a tilted model that takes ``x``; all its sites lie in one plate at dim -1, along the data.
         guide: proposes the latent sites given ``x``.
-        x: (n, *event).
+        x: (n, *event), or several, as in :func:`log_likelihood`.
         num_samples: draws of the guide per datum, S.
         num_proposals: draws of the base, K; as many as in training, since K belongs to the model.
         seed: a number for the same answer twice.
@@ -114,8 +114,9 @@ def snis_log_likelihood(
     Reference:
         Lawson et al. (2019); Burda, Grosse, Salakhutdinov (2016), Importance Weighted Autoencoders.
     """
-    x = as_tensor(x)
-    sampled = _sampled_model(model, (x[:1],), whole_number("num_proposals", num_proposals))
+    x = in_memory("x", x, model, guide)
+    first = tuple(part[:1] for part in x)
+    sampled = _sampled_model(model, first, whole_number("num_proposals", num_proposals))
     return log_likelihood(sampled, guide, x, num_samples=num_samples, seed=seed, batch_size=batch_size)
 
 

@@ -116,9 +116,10 @@ def fit(
     Args:
         model: a Pyro model, called with one minibatch of each data tensor.
         guide: its guide, called with the same.
-        data: a tensor, array or table, or several with the same first dimension, along which minibatches are taken. Of
-            a ``Dataset`` items are read when their minibatch comes. A ``DataLoader`` has its own batches (no
-            ``batch_size=``) and order: it follows ``seed``, and resumes exactly, unless it has its own generator.
+        data: a tensor, array or table, or several with the same first dimension, along which minibatches are taken: a
+            tuple, or a dict by the first arguments of model and guide. Of a ``Dataset`` items are read when their
+            minibatch comes. A ``DataLoader`` has its own batches (no ``batch_size=``) and order: it follows ``seed``,
+            and resumes exactly, unless it has its own generator.
         objective: a Pyro ELBO such as ``pyro.infer.Trace_ELBO()`` (the default), or a function
             ``(model, guide, *batch)`` that returns the loss as a scalar, summed over the batch. An object
             may also have ``validation(model, guide, *batch)``, the loss to validate with where its own is no
@@ -162,8 +163,8 @@ def fit(
         ('epochs', 3)
     """
     _check_numbers(epochs, batch_size, patience, clip_grad_norm, seed)
-    source = source_of("data", data)
-    held_apart = validation_of(validation, source)
+    source = source_of("data", data, model, guide)
+    held_apart = validation_of(validation, source, model, guide)
     checked_callbacks(callbacks)
     losses = _objectives(objective, train, model, guide)
     kept = Checkpoint.of(checkpoint)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from pyro_ebm.training.data import (
     held_apart_and_rest,
     take,
 )
+from pyro_ebm.training.inputs import as_arguments
 
 __all__ = ["Source", "source_of", "split_of", "validation_of"]
 
@@ -45,25 +47,26 @@ class Source(Protocol):
         """A number that tells other data from these, as far as can be seen without reading all."""
 
 
-def source_of(name: str, data: Any) -> Source:
-    """The data of an argument as a source of minibatches.
+def source_of(name: str, data: Any, model: Any = None, guide: Any = None) -> Source:
+    """The data of an argument as a source of minibatches; by name in the order of the arguments of model and guide.
 
     Raises:
         TypeError: what is none.
         ValueError: no data, or such with NaN or infinite values, where they lie in memory.
     """
     if isinstance(data, DataLoader):
-        return _Loader(name, data)
+        return _Loader(name, data, functools.partial(as_arguments, name, model=model, guide=guide))
     if isinstance(data, TensorDataset):
         return _Memory(checked_data(name, data.tensors))
     if isinstance(data, IterableDataset):
         raise TypeError(f"{name} is an {type(data).__name__}, which has no length: put it into a DataLoader")
     if isinstance(data, Dataset):
-        return _Items(name, data, torch.arange(len(data)))  # type: ignore[arg-type]
-    return _Memory(checked_data(name, data))
+        ordered = functools.partial(as_arguments, name, model=model, guide=guide)
+        return _Items(name, data, torch.arange(len(data)), ordered)  # type: ignore[arg-type]
+    return _Memory(checked_data(name, as_arguments(name, data, model, guide)))
 
 
-def validation_of(validation: Any, source: Source) -> float | Source:
+def validation_of(validation: Any, source: Source, model: Any = None, guide: Any = None) -> float | Source:
     """A share of the data in [0, 1), or other data to validate on."""
     if validation is None or isinstance(validation, int | float):
         if isinstance(source, _Loader):
@@ -74,7 +77,7 @@ def validation_of(validation: Any, source: Source) -> float | Source:
                 )
             return 0.0
         return checked_share(validation, len(source))  # type: ignore[arg-type]
-    other = source_of("validation", validation)
+    other = source_of("validation", validation, model, guide)
     if isinstance(source, _Memory) and isinstance(other, _Memory):
         checked_validation(other.tensors, source.tensors)
     return other
@@ -116,10 +119,10 @@ class _Memory:
 class _Items:
     """Some items of a Dataset, read when their minibatch comes."""
 
-    def __init__(self, name: str, dataset: Any, index: Tensor) -> None:
+    def __init__(self, name: str, dataset: Any, index: Tensor, ordered: Callable[[Any], Any]) -> None:
         if not len(index):
             raise ValueError(f"{name} must hold at least one item, got an empty {type(dataset).__name__}")
-        self.name, self.dataset, self.index = name, dataset, index
+        self.name, self.dataset, self.index, self.ordered = name, dataset, index, ordered
 
     def __len__(self) -> int:
         return len(self.index)
@@ -136,7 +139,7 @@ class _Items:
         rest, apart = held_apart_and_rest(len(self), share, seed)
         if apart is None:
             return self, None
-        parts = (_Items(self.name, self.dataset, self.index[chosen]) for chosen in (rest, apart))
+        parts = (_Items(self.name, self.dataset, self.index[chosen], self.ordered) for chosen in (rest, apart))
         return next(parts), next(parts)
 
     def first(self, size: int) -> Tensors:
@@ -144,7 +147,8 @@ class _Items:
             return self._read(self.index[:size])
 
     def _read(self, index: Tensor) -> Tensors:
-        return _checked(self.name, default_collate([tree_map(_part, self.dataset[i]) for i in index.tolist()]))
+        batch = default_collate([tree_map(_part, self.dataset[i]) for i in index.tolist()])
+        return _checked(self.name, self.ordered(batch))
 
     def fingerprint(self) -> int:
         return fingerprint((self.index,), type(self.dataset).__name__, len(self.dataset))
@@ -153,8 +157,8 @@ class _Items:
 class _Loader:
     """A DataLoader: its own batches in its own order."""
 
-    def __init__(self, name: str, loader: DataLoader) -> None:
-        self.name, self.loader = name, loader
+    def __init__(self, name: str, loader: DataLoader, ordered: Callable[[Any], Any]) -> None:
+        self.name, self.loader, self.ordered = name, loader, ordered
 
     def num_batches(self, size: int) -> int:
         try:
@@ -166,7 +170,7 @@ class _Loader:
         seen = False
         for batch in self.loader:
             seen = True
-            yield _on(device, _checked(self.name, batch))
+            yield _on(device, _checked(self.name, self.ordered(batch)))
         if not seen:
             raise ValueError(f"{self.name}: the DataLoader gave no batch; a stream must begin anew at each pass")
 
@@ -175,7 +179,7 @@ class _Loader:
 
     def first(self, size: int) -> Tensors:
         with forked_rng(0):
-            return _checked(self.name, next(iter(self.loader)))
+            return _checked(self.name, self.ordered(next(iter(self.loader))))
 
     def fingerprint(self) -> int:
         about = (type(self.loader.dataset).__name__, self.num_batches(0), self.loader.batch_size)

@@ -140,9 +140,9 @@ def test_a_stream_and_a_second_loader_to_validate_on():
         (Items(0), {}, ValueError, "data must hold at least one item, got an empty Items"),
         (Items(2), {"validation": 0.9}, ValueError, "validation=0.9 leaves none of 2 data to train on"),
         (DataLoader(Stream(0)), {"validation": None}, ValueError, "data: the DataLoader gave no batch"),
-        ({"x": X}, {}, TypeError, "data must be a tensor, an array or a table, or a tuple of these, got dict"),
+        ({"z": X}, {}, TypeError, r"data is given by the names \['z'\], but the model takes \['x', 'y'\]"),
         ((np.array(["a"]), np.ones(1)), {}, TypeError, "got ndarray, Tensor"),
-        (DataLoader([{"x": 1.0}]), {"validation": None}, TypeError, "data must give tensors, .* got batches of dict"),
+        (DataLoader([{"z": 1.0}]), {"validation": None}, TypeError, r"data is given by the names \['z'\], but"),
         (DataLoader(TensorDataset(X / 0, Y)), {"validation": None}, ValueError, r"a batch of data\[0\] must be finite"),
     ],
 )  # fmt: skip
