@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["MAX_R_HAT", "R_HAT_OF_DISAGREEMENT", "above", "least_ess", "pareto_k_limit", "weights_problem"]
+__all__ = [
+    "MAX_R_HAT",
+    "MIN_STARTS",
+    "R_HAT_OF_DISAGREEMENT",
+    "above",
+    "least_ess",
+    "pareto_k_limit",
+    "weights_problem",
+]
 
 # What a table calls good and sampling to a target waits for (Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021): some
 # 50 effective draws in each half of a chain, however many chains there are.
@@ -13,6 +21,9 @@ MAX_R_HAT = 1.01
 # What a run warns of: means of chains that differ by a variance of a tenth of that within a chain. Chains that agree
 # stay below it from ten effective draws in each half on, where 1.01 would cry wolf after each short run of many chains.
 R_HAT_OF_DISAGREEMENT = 1.05
+
+# Chains that start at fewer points than this may have missed together what no comparison of them can show.
+MIN_STARTS = 4
 
 
 def above(value: float, limit: float) -> str:

@@ -22,7 +22,7 @@ from pyro_ebm.diagnostics.moments import (
     worth,
 )
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.thresholds import MAX_R_HAT, pareto_k_limit
+from pyro_ebm.thresholds import MAX_R_HAT, MIN_STARTS, pareto_k_limit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +76,8 @@ def compare(
       units of the standard errors of both in quadrature. Of many components some exceed 3 by chance.
       NaN for the reference itself, and for a grid against a grid.
     * ``verdict``: ``"ok"``, or each threshold that fell, for example ``"r_hat 1.08 > 1.01"``. Particles
+      and chains fall with fewer than four different starting points (``"starts 1 < 4"``; of draws that do not tell,
+      as many as there are chains): R-hat cannot show a mode that all have missed. Particles
       also fall with fewer than four islands (``"islands 1 < 4"``, their error is then unknown), and
       islands where few of them hold the weight (less than half, counted as :math:`1 / \sum W^2`).
 
@@ -206,11 +208,19 @@ def _verdict(row: dict[str, Any], draws: Draws, limits: _Thresholds, *, finite: 
         for name in ("ess_bulk", "ess_tail"):
             if not row[name] >= limits.min_ess:
                 fallen.append(f"{name} {row[name]:.0f} < {limits.min_ess:g}")
-    fallen += _fallen_weights(row, draws, limits)
+    fallen += _fallen_starts(draws) + _fallen_weights(row, draws, limits)
     fallen += _fallen_divergences(draws, limits)
     if row["worst_error_in_se"] > limits.max_error:
         fallen.append(f"error {row['worst_error_in_se']:.1f} > {limits.max_error:.3g} se ({where})")
     return "; ".join(fallen) or "ok"
+
+
+def _fallen_starts(draws: Draws) -> list[str]:
+    """Of chains and particles: where they come from too few points, no comparison of them shows what they missed."""
+    if draws.log_weights is not None and not _are_particles(draws):
+        return []
+    count = draws.notes.get("distinct_starts", draws.num_chains if draws.log_weights is None else MIN_STARTS)
+    return [] if count >= MIN_STARTS else [f"starts {count} < {MIN_STARTS}"]
 
 
 def _fallen_weights(row: dict[str, Any], draws: Draws, limits: _Thresholds) -> list[str]:

@@ -25,6 +25,7 @@ from pyro_ebm.inference.kernels.hmc import ChEES
 from pyro_ebm.inference.until import Target, importance_until, judged, reported, run_until
 from pyro_ebm.randomness import fingerprint, random_seed
 from pyro_ebm.structure import check_no_subsampling, prototype_trace, untilted
+from pyro_ebm.thresholds import MIN_STARTS
 
 __all__ = ["auto"]
 
@@ -187,6 +188,8 @@ def _smc(
     steps.append("; but ".join([found, *doubts]))
     weights = draws.weights
     generator = torch.Generator(weights.device).manual_seed(fingerprint((), "starts", seed))
+    if draws.notes["distinct_starts"] < MIN_STARTS:  # the doubts say so: chains start elsewhere
+        return _Smc(None, draws.log_z, draws.num_gradients or 0)
     points = density.unconstrain(draws.resample(num_chains, generator=generator))
     if not bool(density(points).isfinite().all()):  # there and back, numbers near the edge of a support are rounded
         steps.append("smc: its particles lie at the edge of the support, where no chain can start")

@@ -317,10 +317,15 @@ def test_thresholds_can_be_moved():
     assert "error" in compare(draws, reference=grid(), max_error=0.01).verdict["x"]
 
 
-def test_a_single_chain_that_drifts_falls():
+def test_a_single_chain_that_drifts_falls_and_no_single_chain_is_ok():
     drift = torch.linspace(-2, 2, 4000)[None] + normal(1, 4000)
     assert "r_hat" in compare({"x": Draws({"z": drift}, "hmc")}).verdict["x"]
-    assert compare({"x": Draws({"z": normal(1, 4000)}, "hmc")}).verdict["x"] == "ok"
+    assert compare({"x": Draws({"z": normal(1, 4000)}, "hmc")}).verdict["x"] == "starts 1 < 4"
+
+
+@pytest.mark.parametrize(("starts", "verdict"), [(1, "starts 1 < 4"), (3, "starts 3 < 4"), (4, "ok")])
+def test_chains_from_few_points_are_not_ok(starts, verdict):
+    assert compare({"x": chains(notes={"distinct_starts": starts})}).verdict["x"] == verdict
 
 
 def test_constant_components_are_left_out_but_a_stuck_sampler_falls():

@@ -16,12 +16,11 @@ from pyro_ebm.inference.annealing.tempering import Path, Points
 from pyro_ebm.inference.kernels.adaptation import Adaptation, find_step_size, initial_tuning
 from pyro_ebm.inference.kernels.collapse import Collapse
 from pyro_ebm.inference.kernels.kernel import Info, Kernel, State, Tuning
+from pyro_ebm.inference.resampling import effective, next_step, systematic
 
-__all__ = ["Pace", "Population", "Rung", "anneal", "next_step", "systematic"]
+__all__ = ["Pace", "Population", "Rung", "anneal"]
 
 _MOVED, _MOVED_AT_END = 0.4, 0.1  # correlation with where particles were before the moves
-_LEAST_STEP = 1e-12
-_BISECTIONS = 18
 _STALLED = 20  # temperatures without getting anywhere
 _GAIN = 1.0  # of the log step size for too high an acceptance
 
@@ -72,6 +71,8 @@ class Population:
         tuning: of the kernel.
         ladder: the temperatures so far.
         info: of the last move.
+        iteration: of the kernel.
+        ancestors: which draw of the base each particle descends from, (particles, islands, *batch).
     """
 
     points: Points
@@ -81,6 +82,7 @@ class Population:
     ladder: list[Rung] = field(default_factory=list)
     info: Info | None = None
     iteration: int = 0
+    ancestors: Tensor | None = None
 
 
 def anneal(
@@ -106,7 +108,8 @@ def anneal(
         InferenceError: the target is zero at all particles of an island, or is improper.
     """
     beta = points.log_base.new_zeros(points.log_base.shape[1:])
-    population = Population(points, beta, beta.double(), initial_tuning(kernel, points.u))
+    tuning, names = initial_tuning(kernel, points.u), _numbered(len(points.u), beta)
+    population = Population(points, beta, beta.double(), tuning, ancestors=names)
     mover = _Mover(path, kernel, settings, generator)
     try:
         while bool((population.beta < 1).any()):
@@ -128,6 +131,12 @@ def anneal(
     return population
 
 
+def _numbered(num: int, beta: Tensor) -> Tensor:
+    """Particles of islands, told apart: (num, islands, *batch)."""
+    names = torch.arange(num * len(beta), device=beta.device)
+    return names.reshape(num, len(beta), *[1] * (beta.ndim - 1)).expand(num, *beta.shape)
+
+
 def _reweight(population: Population, target_ess: float, generator: torch.Generator) -> Tensor:
     """Go to the next temperature and resample; returns the share of the particles the weights were worth."""
     log_ratio = _checked(population.points.log_ratio(), population.beta)
@@ -139,8 +148,10 @@ def _reweight(population: Population, target_ess: float, generator: torch.Genera
     population.log_z = population.log_z + log_mean_exp(log_weights.double())
     index = systematic(log_weights, generator)
     population.points = population.points.take(index)
+    if population.ancestors is not None:
+        population.ancestors = population.ancestors.gather(0, index)
     pooled = log_weights.flatten(0, 1)
-    return _ess(pooled) / len(pooled)
+    return effective(pooled) / len(pooled)
 
 
 def _checked(log_ratio: Tensor, beta: Tensor) -> Tensor:
@@ -167,47 +178,6 @@ def _named(flags: Tensor) -> str:
     data = flags.any(0).nonzero().flatten().tolist() if flags.ndim > 1 else []
     where = f" (data {', '.join(map(str, data[:10]))})" if data else ""
     return f"island(s) {', '.join(map(str, islands[:10]))}{where}"
-
-
-def next_step(log_ratio: Tensor, rest: Tensor, target_ess: float) -> Tensor:
-    """How far to go: the largest step at which weights ``exp(step * log_ratio)`` are worth ``target_ess``.
-
-    Of the particles at which the target is not zero: the others are lost however small the step.
-
-    Args:
-        log_ratio: (particles, *batch).
-        rest: the largest step allowed, (*batch); zero where there is nothing to do.
-        target_ess: share of the particles.
-    """
-    wanted = target_ess * (log_ratio > -torch.inf).sum(0)
-
-    def enough(step: Tensor) -> Tensor:
-        return _ess(torch.where(step > 0, step * log_ratio, 0.0)) >= wanted
-
-    low, high = (torch.full_like(rest, _LEAST_STEP).log(), rest.clamp(min=_LEAST_STEP).log())
-    at_once = enough(rest)
-    for _ in range(_BISECTIONS):
-        middle = 0.5 * (low + high)
-        keep = enough(middle.exp())
-        low, high = torch.where(keep, middle, low), torch.where(keep, high, middle)
-    return torch.where(at_once, rest, torch.minimum(low.exp(), rest))
-
-
-def _ess(log_weights: Tensor) -> Tensor:
-    weights = (log_weights - log_weights.amax(0)).exp()
-    return weights.sum(0).square() / weights.square().sum(0)
-
-
-def systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Systematic resampling: which particle each place gets, (particles, *batch); all keep theirs for equal weights."""
-    num = len(log_weights)
-    rows = log_weights.reshape(num, -1).T.double().softmax(-1).cumsum(-1)
-    shift = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64, device=rows.device)
-    places = (torch.arange(num, device=rows.device) + shift) / num
-    index = torch.searchsorted(rows, places * rows[:, -1:]).clamp(max=num - 1)
-    equal = (log_weights == log_weights[:1]).all(0)
-    index = index.T.reshape(log_weights.shape)
-    return torch.where(equal, torch.arange(num, device=index.device).reshape(-1, *[1] * equal.ndim), index)
 
 
 def _check_progress(population: Population) -> None:

@@ -19,9 +19,10 @@ from pyro_ebm.inference.chains.report import worst_r_hat
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.kernels.kernel import Kernel
 from pyro_ebm.inference.kernels.langevin import ULA
+from pyro_ebm.inference.resampling import number_of_distinct
 from pyro_ebm.keywords import model_inputs
 from pyro_ebm.randomness import one_source, random_seed, streams
-from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, above
+from pyro_ebm.thresholds import MIN_STARTS, R_HAT_OF_DISAGREEMENT, above
 
 __all__ = ["SMC"]
 
@@ -106,7 +107,7 @@ class SMC:
             :func:`importance` reports it, ``se`` NaN for a single island; stats ``lp`` and ``acceptance_rate`` of
             the last move. ``notes``: ``temperatures`` (a list of inverse temperatures; one for each datum),
             ``acceptance_per_temperature``, ``ess_per_temperature`` (share of the particles),
-            ``moves_per_temperature``.
+            ``moves_per_temperature``, ``distinct_starts`` (draws of the base that the particles descend from).
 
         Raises:
             InferenceError: the target is zero at all particles of an island, or infinite at some.
@@ -169,7 +170,15 @@ def _notes(path: Path, population: Population) -> dict[str, Any]:
         "ess_per_temperature": [float(rung.ess.mean()) for rung in ladder],
         "moves_per_temperature": [rung.moves for rung in ladder],
         "log_z_of_islands": population.log_z.tolist(),
+        "distinct_starts": _ancestors(population),
     }
+
+
+def _ancestors(population: Population) -> int:
+    """How many draws of the base the particles descend from, of the datum where fewest do."""
+    names = population.ancestors
+    assert names is not None
+    return number_of_distinct(names.flatten(0, 1)[..., None], names.ndim - 2)
 
 
 def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: bool) -> None:
@@ -181,6 +190,11 @@ def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: boo
         problems.append(
             f"particles hardly moved at the target (acceptance {population.ladder[-1].acceptance:.3f}): they are "
             f"copies; give more num_moves, or a smaller step_size with adapt_step_size=False"
+        )
+    if draws.notes["distinct_starts"] < MIN_STARTS:
+        problems.append(
+            f"all particles descend from {draws.notes['distinct_starts']} draw(s) of the base (< {MIN_STARTS}), which "
+            f"may have missed a mode: more particles_per_island, a guide, or target_ess nearer to 1"
         )
     if draws.num_chains > 1 and draws.num_draws >= _ENOUGH:
         worst = max(worst_r_hat(value) for value in draws.values.values())

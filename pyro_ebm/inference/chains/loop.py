@@ -22,6 +22,7 @@ from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.kernels.adaptation import Adaptation, Rescue, find_step_size, initial_tuning
 from pyro_ebm.inference.kernels.collapse import Collapse
 from pyro_ebm.inference.kernels.kernel import Info, Kernel, State
+from pyro_ebm.inference.resampling import number_of_distinct
 from pyro_ebm.modules import frozen
 
 __all__ = ["Chains", "Record"]
@@ -107,6 +108,7 @@ class Chains:
         self.sampling_seconds = 0.0
         self.interrupted = False
         self.rescued = 0
+        self._starts = u
         self._on_step, self._saved = on_step, saved
         self._dense = kernel.blocks(density).mask(u)
         self._bar = bar or tqdm(disable=True)
@@ -155,6 +157,8 @@ class Chains:
                 self._told("Warmup", index)
             self.state = self.state._replace(tuning=adaptation.finish())
         self.rescued = rescue.count
+        if rescue.origin is not None:  # chains that were moved began, in effect, where the others did
+            self._starts = self._starts.gather(0, rescue.origin.expand_as(self._starts))
         self._divergences = 0.0
 
     def extend(self, num_draws: int, *, thin: int = 1) -> None:
@@ -250,6 +254,7 @@ class Chains:
                 "trajectory_length": float(tuning.trajectory_length),
                 "interrupted": self.interrupted,
                 "rescued": self.rescued,
+                "distinct_starts": number_of_distinct(self._starts, len(self.density.batch)),
                 **notes,
             },
         )

@@ -16,7 +16,14 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.devices import one_thread
-from pyro_ebm.inference.chains.recording import CountedPotential, OutOfTimeError, RecordedChain, quiet_jit, stacked
+from pyro_ebm.inference.chains.recording import (
+    CountedPotential,
+    OutOfTimeError,
+    RecordedChain,
+    distinct_starts,
+    quiet_jit,
+    stacked,
+)
 from pyro_ebm.inference.chains.report import report_chains
 from pyro_ebm.inference.chains.starting_points import StartingPoints
 from pyro_ebm.inference.draws import Draws, Source
@@ -264,7 +271,12 @@ class _Run:
             num_gradients=chains[0].count,
             seconds=seconds,
             sampling_seconds=sampling,
-            notes={"num_samples": self.num_samples, "warmup_steps": self.warmup_steps, **notes},
+            notes={
+                "num_samples": self.num_samples,
+                "warmup_steps": self.warmup_steps,
+                **distinct_starts(chains),
+                **notes,
+            },
         )
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.inference.density.gradients import broken_gradient
+from pyro_ebm.inference.resampling import number_of_distinct
 
-__all__ = ["CountedPotential", "OutOfTimeError", "RecordedChain", "quiet_jit", "stacked"]
+__all__ = ["CountedPotential", "OutOfTimeError", "RecordedChain", "distinct_starts", "quiet_jit", "stacked"]
 
 _LEAST_DRAWS = 4  # with fewer there is no R-hat
 _STATS = ("lp", "acceptance_rate", "step_size", "n_steps", "diverging")
@@ -72,6 +73,7 @@ class RecordedChain:
     divergences: int = 0
     started: float = 0.0
     ended: float = 0.0
+    start: dict[str, Tensor] | None = None
     _mean_accept: float = 0.0
     _count: int = 0
     _given: Any = None
@@ -87,6 +89,8 @@ class RecordedChain:
             if isinstance(kernel, HMC):
                 self._check_start(kernel)
             self._count = self.count
+            start = getattr(kernel, "initial_params", None) or {}
+            self.start = {name: value.detach().clone() for name, value in start.items()}
 
         kernel.setup = counted_setup
         return kernel
@@ -146,6 +150,15 @@ class RecordedChain:
     @property
     def num_draws(self) -> int:
         return len(self.params) - self.warmup
+
+
+def distinct_starts(chains: Sequence[RecordedChain]) -> dict[str, int]:
+    """A note: from how many different points the chains started; none where a kernel does not tell."""
+    starts = [chain.start for chain in chains]
+    if not all(starts):
+        return {}
+    rows = [torch.cat([value.flatten() for value in start.values()]) for start in starts if start]
+    return {"distinct_starts": number_of_distinct(torch.stack(rows))}
 
 
 def stacked(

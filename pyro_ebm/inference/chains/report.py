@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_ebm.chain_statistics import r_hat
 from pyro_ebm.errors import report
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, above
+from pyro_ebm.thresholds import MIN_STARTS, R_HAT_OF_DISAGREEMENT, above
 
 __all__ = ["listed", "report_chains", "worst_r_hat"]
 
@@ -33,6 +33,12 @@ def report_chains(draws: Draws, *, strict: bool, interrupted: bool, max_divergen
         problems.append(
             f"{divergences} of {diverging.numel()} transitions diverged: raise target_accept_prob "
             f"towards 0.95 or reparametrize the model"
+        )
+    starts = draws.notes.get("distinct_starts", MIN_STARTS)
+    if starts < MIN_STARTS <= draws.num_chains:
+        problems.append(
+            f"all {draws.num_chains} chains started at {starts} point{'s' * (starts != 1)} (fewer than {MIN_STARTS}), "
+            f"so that R-hat cannot show a mode that they missed: start them apart, as init='importance' does"
         )
     stuck = _stuck(draws)
     if stuck:

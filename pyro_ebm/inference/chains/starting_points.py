@@ -15,8 +15,10 @@ from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
 from pyro_ebm.errors import InferenceWarning
+from pyro_ebm.inference.chains.starts import LEAST_WORTH
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import importance
+from pyro_ebm.inference.resampling import apart, tempered
 from pyro_ebm.structure import DoesNotBroadcast
 
 __all__ = ["INITS", "StartingPoints"]
@@ -79,7 +81,7 @@ class StartingPoints:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InferenceWarning)  # only starting points: chains do the rest
             try:
-                values = self._pool(guide).resample(self.num_chains)
+                values = self._chosen(self._pool(guide))
             except (RuntimeError, ValueError, IndexError, TypeError):
                 if guide is not None:
                     raise
@@ -92,6 +94,15 @@ class StartingPoints:
             with suppress(DoesNotBroadcast):
                 return importance(self.model, guide, *self.args, num_samples=_POOL, vectorize=way, **options)
         return importance(self.model, guide, *self.args, num_samples=_SMALL_POOL, vectorize="loop", **options)
+
+    def _chosen(self, pool: Draws) -> dict[str, Tensor]:
+        """Draws chosen by tempered weights: by those of a narrow posterior all chains would start at one point."""
+        logs: Tensor = pool.log_weights  # type: ignore[assignment]  # importance draws
+        if bool(logs.isnan().any()):
+            raise ValueError("no draw has positive density")
+        rows = torch.cat([value.reshape(pool.num_draws, -1) for value in pool.values.values()], 1)
+        index = apart(rows, tempered(logs.flatten(), LEAST_WORTH), self.num_chains)
+        return {site: pool.flat(site)[index] for site in pool.values}
 
     def _unconstrained(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: transform(values[name]).detach() for name, transform in self.transforms.items()}

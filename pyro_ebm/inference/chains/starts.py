@@ -13,11 +13,13 @@ from pyro_ebm.inference.chains.report import listed
 from pyro_ebm.inference.density.gradients import holes_in
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.density.strategy import points_by_strategy
+from pyro_ebm.inference.resampling import apart, tempered
 from pyro_ebm.randomness import forked_rng
 
-__all__ = ["CHAIN_INITS", "chain_starts", "given_starts"]
+__all__ = ["CHAIN_INITS", "LEAST_WORTH", "chain_starts", "given_starts"]
 
 CHAIN_INITS = ("importance", "prior", "guide", "uniform")
+LEAST_WORTH = 32  # draws that the weights of starting points are worth: tempered, where the posterior is narrow
 _POOL = 2000
 _LEAST_POOL = 128
 _CHUNK = 4096
@@ -38,7 +40,8 @@ def chain_starts(
     Args:
         density: the target.
         num_chains: how many points.
-        init: ``"importance"``: draws of the guide (the prior without one), resampled by their weights;
+        init: ``"importance"``: draws of the guide (the prior without one), resampled by their weights; where few
+            draws hold the weight it is tempered, so that starts lie apart and reach each mode that the draws reach;
             ``"prior"`` or ``"guide"``: draws of it; ``"uniform"``: between -2 and 2 in unconstrained space;
             one of ``pyro.infer.autoguide.init_to_*``; or values by site, (num_chains, *site_shape). A density
             without a model starts uniformly.
@@ -96,7 +99,12 @@ def _by_rule(
         if points is not None:
             return points, "importance"
     proposal = density.proposal(guide if init in ("guide", "importance") else None)
-    return _redrawn(density, num_chains, proposal.draw), "prior" if init == "importance" else init
+    points = _redrawn(density, num_chains, proposal.draw)
+    if init == "importance" and not bool(density(points).isfinite().all()):  # as of a prior with its mass at the edge
+        elsewhere = _redrawn(density, num_chains, lambda n: _uniform(density, n))
+        if bool(density(elsewhere).isfinite().all()):
+            return elsewhere, "uniform"
+    return points, "prior" if init == "importance" else init
 
 
 def _from_values(density: LogDensity, values: Mapping[str, Tensor], num_chains: int) -> Tensor:
@@ -120,9 +128,11 @@ def _resampled(density: LogDensity, num_chains: int, guide: Callable[..., Any] |
     log_weights = torch.where(log_weights.isfinite(), log_weights, -torch.inf).reshape(pool, copies)
     if not bool(log_weights.isfinite().any(0).all()):
         return None
-    index = torch.multinomial(log_weights.T.softmax(-1), num_chains, replacement=True).T
+    log_weights = tempered(log_weights, min(LEAST_WORTH, pool // 4))
+    points = points.reshape(pool, copies, -1)
+    index = apart(points, log_weights, num_chains)
     columns = torch.arange(copies, device=index.device)
-    return points.reshape(pool, copies, -1)[index, columns].reshape(num_chains, *density.batch, density.dim)
+    return points[index, columns].reshape(num_chains, *density.batch, density.dim)
 
 
 def _uniform(density: LogDensity, num: int) -> Tensor:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.devices import one_thread
 from pyro_ebm.inference.chains.arguments import check_names, check_saved
-from pyro_ebm.inference.chains.recording import RecordedChain, quiet_jit, stacked
+from pyro_ebm.inference.chains.recording import RecordedChain, distinct_starts, quiet_jit, stacked
 from pyro_ebm.inference.density.gradients import no_start
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.randomness import random_stream
@@ -182,6 +182,7 @@ class StockChains:
                 "warmup_steps": self.warmup_steps,
                 "vectorize": "sequential",
                 "interrupted": self.interrupted,
+                **distinct_starts(chains),
             },
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,10 +108,12 @@ class Rescue:
 
     Attributes:
         count: how often a chain (of a datum) was moved.
+        origin: the chain from whose start each one came, (chains, *batch, 1); ``None`` before any was moved.
     """
 
     def __init__(self, warmup_steps: int) -> None:
         self.count = 0
+        self.origin: Tensor | None = None
         self._every, self._last = max(_PATIENCE, warmup_steps // 10), warmup_steps - warmup_steps // 5
         self._steps = 0
         self._accepted: Any = 0.0  # a tensor from the first step on
@@ -127,11 +130,16 @@ class Rescue:
         if not bool(stuck.any()):
             return state
         self.count += int(stuck.sum())
-        return _moved(state, stuck, generator)
+        pick = _others(stuck, generator)
+        if self.origin is None:
+            numbers = torch.arange(len(stuck), device=stuck.device)
+            self.origin = numbers.reshape(-1, *[1] * stuck.ndim).expand(*stuck.shape, 1)
+        self.origin = pick(self.origin)
+        return state._replace(u=pick(state.u), log_prob=pick(state.log_prob), grad=pick(state.grad))
 
 
-def _moved(state: State, stuck: Tensor, generator: torch.Generator) -> State:
-    """Stuck chains (chains, *batch) at the places of others, drawn at random."""
+def _others(stuck: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """What puts the values of others, drawn at random, in place of those of stuck chains (chains, *batch)."""
     columns = stuck.reshape(len(stuck), -1)
     index = torch.multinomial((~columns).double().T, len(stuck), replacement=True, generator=generator).T
 
@@ -140,7 +148,7 @@ def _moved(state: State, stuck: Tensor, generator: torch.Generator) -> State:
         chosen = flat[index, torch.arange(columns.shape[1], device=index.device)]
         return torch.where(columns[..., None], chosen, flat).reshape(values.shape)
 
-    return state._replace(u=pick(state.u), log_prob=pick(state.log_prob), grad=pick(state.grad))
+    return pick
 
 
 class _TrajectoryLength:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pyro_ebm import HMC, MALA, ChEES, LinearEnergy, LogDensity, TiltedDistribution, tilt
-from pyro_ebm.inference.annealing.population import next_step, systematic
 from pyro_ebm.inference.annealing.tempering import Path, Points, kernel_for, path_to
 from pyro_ebm.inference.kernels.kernel import Tuning
 from pyro_ebm.randomness import streams
@@ -121,46 +120,6 @@ def test_what_a_kernel_may_be_given_as():
         kernel_for(plain(), given)
     with pytest.raises(ValueError, match="independent='data' and a kernel made with independent=None"):
         kernel_for(model, given, independent="data")
-
-
-# Temperatures and resampling
-
-
-def test_steps_leave_weights_worth_what_was_asked_for():
-    log_ratio = torch.randn(4000, 3, dtype=torch.float64) * torch.tensor([2.0, 50.0, 0.1])
-    step = next_step(log_ratio, torch.ones(3, dtype=torch.float64), 0.5)
-    worth = (step * log_ratio).softmax(0).square().sum(0).reciprocal() / 4000
-    torch.testing.assert_close(worth[:2], torch.full((2,), 0.5, dtype=torch.float64), rtol=1e-3, atol=0)
-    assert step[2] == 1 and worth[2] > 0.5
-    # Normal log ratios of variance v: exp(step * ratio) is worth exp(-step^2 v)
-    expected = math.sqrt(math.log(2)) / torch.tensor([2.0, 50.0])
-    assert ((step[:2] / expected - 1).abs() < 0.1).all()
-
-
-def test_steps_count_only_particles_that_live():
-    log_ratio = torch.zeros(1000, 1)
-    log_ratio[100:] = -math.inf
-    assert next_step(log_ratio, torch.tensor([0.4]), 0.9) == torch.tensor([0.4])
-    assert next_step(torch.zeros(10, 2), torch.tensor([0.0, 0.2]), 0.9).tolist() == pytest.approx([0.0, 0.2])
-
-
-def test_systematic_resampling():
-    generator = torch.Generator().manual_seed(0)
-    log_weights = torch.randn(200, 2, 3)
-    log_weights[:50] = -math.inf
-    log_weights[:, 1, 1] = 0.3
-    counts = torch.zeros(200, 2, 3)
-    for _ in range(400):
-        index = systematic(log_weights, generator)
-        assert index.shape == log_weights.shape
-        once = torch.zeros(200, 2, 3).scatter_add_(0, index, torch.ones(200, 2, 3))
-        expected = 200 * log_weights.softmax(0)
-        assert (once >= expected.floor() - 1e-3).all() and (once <= expected.ceil() + 1e-3).all()
-        assert torch.equal(index[:, 1, 1], torch.arange(200))
-        counts += once
-    # A place is taken or not: the variance of a count is at most 1/4 a round
-    assert ((counts / 400 - expected).abs() < 5 * 0.5 / math.sqrt(400)).all()
-    assert (counts[:50].reshape(50, -1)[:, [0, 1, 2, 3, 5]] == 0).all()
 
 
 def test_a_path_is_evaluated_not_trained():

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import init_to_value
 
-from pyro_ebm import LinearEnergy, LogDensity, tilt
+from pyro_ebm import (
+    HMC,
+    MCMC,
+    InferenceWarning,
+    LinearEnergy,
+    LogDensity,
+    compare,
+    pyro_hmc,
+    pyro_nuts,
+    sample,
+    tilt,
+)
 from pyro_ebm.inference.chains.starts import chain_starts, given_starts
 
 
@@ -202,13 +216,74 @@ def test_values_of_unknown_sites_and_of_numbers():
     assert rule == "given" and u.tolist() == [[0.0, 1.0, 2.0]] * 2
 
 
-def test_the_rule_that_works_is_offered():
-    def model():
-        z = pyro.sample("z", dist.Normal(50.0, 1.0))
-        pyro.factor("near", torch.where(z.abs() < 10, 0.0, -torch.inf))
+def near_zero_only():
+    z = pyro.sample("z", dist.Normal(50.0, 1.0))
+    pyro.factor("near", torch.where(z.abs() < 10, 0.0, -torch.inf))
 
+
+def test_the_rule_that_works_is_offered_where_another_one_was_asked_for_and_taken_where_none_was():
+    density = LogDensity.from_model(near_zero_only)
     with pytest.raises(ValueError, match=r'found by init=\'prior\'; start elsewhere: init="uniform" works here'):
-        starts(LogDensity.from_model(model), 4)
+        starts(density, 4, init="prior")
+    u, rule = starts(density, 4)
+    assert rule == "uniform" and density(u).isfinite().all()
+
+
+def two_modes():
+    """Modes at 5 and -5 in each of five dimensions, where the prior is wide: one of its draws holds the weight."""
+    x = pyro.sample("x", dist.Normal(torch.zeros(5), 10.0).to_event(1))
+    pyro.factor("modes", torch.stack([dist.Normal(m, 1.0).log_prob(x).sum(-1) for m in (-5.0, 5.0)]).logsumexp(0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_starts_reach_both_modes_of_a_wide_prior(seed):
+    density = LogDensity.from_model(two_modes)
+    u, _ = starts(density, 64, seed=seed)
+    assert len(u.unique(dim=0)) >= 20
+    assert 0.2 < float((u.mean(-1) > 0).float().mean()) < 0.8
+
+
+@pytest.mark.parametrize("method", ["chees", "mala", "ula"])
+def test_chains_in_two_modes_are_never_ok(method):
+    options = {"num_samples": 30, "warmup_steps": 60, "seed": 0, "progress": False}
+    with pytest.warns(InferenceWarning, match="chains disagree"):
+        draws = sample(two_modes, method=method, **options)
+    right = float((draws.values["x"][..., 0] > 0).float().mean())
+    assert 0.2 < right < 0.8 and draws.notes["distinct_starts"] >= 20
+    assert "r_hat" in compare({method: draws}).verdict[method]
+
+
+@pytest.mark.parametrize("rule", ["initial_params", "init", "guide", "median"])
+def test_chains_from_one_point_say_so(rule):
+    def point(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x / 2))
+
+    given = {
+        "initial_params": {"initial_params": {"z": torch.zeros(8, 3)}},
+        "init": {"init": {"z": torch.zeros(8, 3)}},
+        "guide": {"init": "guide", "guide": point},
+        "median": {"init": init_to_value(values={"z": torch.zeros(3)})},
+    }[rule]
+    with pytest.warns(InferenceWarning, match="all 8 chains started at 1 point .fewer than 4., so that R-hat"):
+        draws = MCMC(HMC(posterior), 200, 50, num_chains=8, seed=0, progress=False, **given).run(X)
+    assert draws.notes["distinct_starts"] == 1
+    assert "starts 1 < 4" in compare({"x": draws}).verdict["x"]
+
+
+@pytest.mark.parametrize("kernel", [pyro.infer.NUTS, pyro.infer.HMC])
+def test_stock_chains_count_their_starts(kernel):
+    run = {"num_samples": 4, "warmup_steps": 0, "num_chains": 4, "seed": 0, "progress": False}
+    same = {"initial_params": {"z": torch.zeros(4, 3)}}
+    with pytest.warns(InferenceWarning, match="started at 1 point"):
+        assert MCMC(kernel(posterior), **run, **same).run(X).notes["distinct_starts"] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InferenceWarning)
+        assert MCMC(kernel(posterior), **run).run(X).notes["distinct_starts"] == 4
+        for init, count in (("importance", 4), ({"z": torch.zeros(4, 3)}, 1)):
+            sampler = pyro_nuts if kernel is pyro.infer.NUTS else pyro_hmc
+            draws = sampler(posterior, X, init=init, **run)
+            assert draws.notes["distinct_starts"] == count
 
 
 def test_unknown_rules():

@@ -276,6 +276,9 @@ def test_stuck_chains_are_moved_to_where_others_of_their_datum_are():
     assert torch.equal(moved.u[~stuck], state.u[~stuck]) and torch.equal(moved.u[:, 2], state.u[:, 2])
     assert float(moved.u[2, 0, 0]) in (0.0, 3.0, 9.0) and (moved.u[:3, 1] == state.u[3, 1]).all()
     assert torch.equal(moved.log_prob, moved.u[..., 0]) and torch.equal(moved.grad, -moved.u)
+    origin = rescue.origin[..., 0]  # whose start each chain has from now on
+    assert origin[:, 1].tolist() == [3, 3, 3, 3] and origin[:, 2].tolist() == [0, 1, 2, 3]
+    assert torch.equal(moved.u[:, 0], state.u[origin[:, 0], 0])
 
 
 def test_no_chain_is_moved_at_the_end_of_the_warm_up():
