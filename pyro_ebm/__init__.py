@@ -35,7 +35,7 @@ _EXPORTS = {
     "objectives.short_run": ["ShortRun"],
     "objectives.running_control": ["RunningControl"],
     "training.callbacks": ["EpochEnd"],
-    "training.fit": ["Checkpoint", "FitResult", "fit", "load_weights", "save_weights"],
+    "training.fit": ["Average", "Checkpoint", "FitResult", "Validation", "fit", "load_weights", "save_weights"],
     "inference.draws": ["Draws"],
     "estimates": ["Estimate", "BoundedEstimate"],
     "inference.density.log_density": ["LogDensity"],

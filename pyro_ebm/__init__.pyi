@@ -212,8 +212,10 @@ from pyro_ebm.training.callbacks import (
     EpochEnd,
 )
 from pyro_ebm.training.fit import (
+    Average,
     Checkpoint,
     FitResult,
+    Validation,
     fit,
     load_weights,
     save_weights,
@@ -222,6 +224,7 @@ from pyro_ebm.training.fit import (
 __all__ = [
     "__version__",
     "Annealing",
+    "Average",
     "BiasedSplit",
     "BoundedEstimate",
     "Calibration",
@@ -277,6 +280,7 @@ __all__ = [
     "TrainingWarning",
     "ULA",
     "VAE",
+    "Validation",
     "WeightedELBO",
     "annealed_importance",
     "biased_split",

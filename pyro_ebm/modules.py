@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import nn
 
-__all__ = ["evaluation_mode", "frozen", "modules_of", "name_of", "register_for_svi"]
+__all__ = ["evaluation_mode", "frozen", "modules_of", "name_of", "own_parameters", "register_for_svi"]
 
 _instance_numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
@@ -73,6 +74,53 @@ def register_for_svi(module: nn.Module, prefix: str) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*because requires_grad=False")
             pyro.module(f"{prefix}_{number}", module)
+
+
+@contextmanager
+def own_parameters(*callables: Any) -> Iterator[None]:
+    """Let the PyroModules behind the callables, as all autoguides are, use their own parameters and no other's.
+
+    Pyro's global store knows the parameters of a PyroModule by names that a second one, of the same class or without
+    a name, has too; whichever runs second is handed the parameters of the first. What other modules have there under
+    the same names is out of the way meanwhile, and what these modules have put there is gone afterwards. Other
+    parameters, also those loaded into the store for them, stay.
+    """
+    store = pyro.get_param_store()
+    modules = [module for module in modules_of(*callables) if isinstance(module, PyroModule)]
+    if not modules:
+        yield
+        return
+    before = dict(store.named_parameters())
+    own = {id(p) for module in modules for p in module.parameters()}
+    foreign = {
+        name: (value, store._constraints[name])
+        for name, value in before.items()
+        if isinstance(value, nn.Parameter) and id(value) not in own and _may_be_named(name, modules)
+    }
+    for name in foreign:
+        del store[name]
+    try:
+        yield
+    finally:
+        own = {id(p) for module in modules for p in module.parameters()}
+        for name, value in list(store.named_parameters()):
+            if id(value) in own and before.get(name) is not value:
+                del store[name]
+        for name, (value, constraint) in foreign.items():
+            store._params[name], store._constraints[name] = value, constraint
+            store._param_to_name[value] = name
+
+
+def _may_be_named(name: str, modules: list[PyroModule]) -> bool:
+    """Whether one of the modules has, or may make when it is first called, a parameter of that name."""
+    for module in modules:
+        if module._pyro_name and name.startswith(f"{module._pyro_name}."):
+            return True
+        for sub in module.modules():
+            names = [*sub._parameters, *getattr(sub, "_pyro_params", ())]
+            if isinstance(sub, PyroModule) and any(name == sub._pyro_get_fullname(each) for each in names):
+                return True
+    return False
 
 
 @contextmanager

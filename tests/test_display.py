@@ -133,7 +133,7 @@ def test_parameters_of_an_energy_are_counted():
 
 
 def test_fit_result():
-    result = FitResult([3.0, 2.0, 1.5], [3.5, 2.5, 2.75], 2, 3, "early stopping", 1.5, 7)
+    result = FitResult([3.0, 2.0, 1.5], [3.5, 2.5, 2.75], 2, 3, "early stopping", 1.5, 7, kept_epoch=2)
     assert "train_loss" not in repr(result) and "best_epoch=2" in repr(result)
     found = read(result)
     assert found.rows[1:] == [["training", "3.000", "2.000", "1.500"], ["validation", "3.500", "2.500", "2.750"]]

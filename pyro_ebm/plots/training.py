@@ -64,10 +64,10 @@ def _draw_curves(ax: Axes, result: FitResult, prefix: str, tone: str) -> None:
             markevery=every, label=f"{prefix}validation",
         )  # fmt: skip
     judged = validation or list(result.train_loss)
-    if 1 <= result.best_epoch <= len(judged):
-        label = f"{prefix}kept (epoch {result.best_epoch})"
+    if 1 <= result.kept_epoch <= len(judged):
+        label = f"{prefix}kept (epoch {result.kept_epoch})"
         look = {"color": tone, "markeredgecolor": INK, "markersize": 14, "linestyle": "none", "zorder": 3}
-        ax.plot([result.best_epoch], [judged[result.best_epoch - 1]], marker="*", label=label, **look)
+        ax.plot([result.kept_epoch], [judged[result.kept_epoch - 1]], marker="*", label=label, **look)
 
 
 def _leave_out_start(ax: Axes, results: Iterable[FitResult]) -> None:

@@ -214,7 +214,7 @@ def _curves_in_words(fitted: FitResult) -> str:
         return "No epoch was finished."
     said = [curve("training", fitted.train_loss)]
     said += [curve("validation", fitted.validation_loss)] if fitted.validation_loss else []
-    return f"Over {len(fitted.train_loss)} epochs " + ", ".join(said) + f"; a star at epoch {fitted.best_epoch}."
+    return f"Over {len(fitted.train_loss)} epochs " + ", ".join(said) + f"; a star at epoch {fitted.kept_epoch}."
 
 
 def _place(points: Tensor) -> str:

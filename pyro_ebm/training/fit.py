@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from pyro.nn import PyroModule
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.display import number, table
 from pyro_ebm.errors import TrainingWarning, warn_user
 from pyro_ebm.estimates import Estimate
-from pyro_ebm.modules import evaluation_mode, modules_of, name_of
+from pyro_ebm.modules import modules_of, name_of, own_parameters
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import tilt_of
 from pyro_ebm.training.callbacks import Callback, checked_callbacks, tell
 from pyro_ebm.training.checkpoints import Checkpoint, load_weights, save_weights
+from pyro_ebm.training.groups import modules_to_train, objectives_of, only_training, with_losses
 from pyro_ebm.training.guard import TrainingStopped
+from pyro_ebm.training.minibatch import Survey, num_data_of, survey
 from pyro_ebm.training.objective import Objective
-from pyro_ebm.training.run import Group, Run
-from pyro_ebm.training.sources import source_of, split_of, validation_of
+from pyro_ebm.training.run import Run
+from pyro_ebm.training.selection import Average, keep_of
+from pyro_ebm.training.sources import Source, source_of, split_of, validation_of
+from pyro_ebm.training.validation import Judge, Validation
 
-__all__ = ["Checkpoint", "FitResult", "fit", "load_weights", "save_weights"]
+__all__ = ["Average", "Checkpoint", "FitResult", "Validation", "fit", "load_weights", "save_weights"]
 
 Data = Any  # tensors, arrays, tables, tuples of them, a Dataset, a DataLoader
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+_PATIENCE, _PATIENT_STEPS = 10, 500  # epochs, and the steps that they make at least
 MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
@@ -46,13 +49,16 @@ class FitResult:
         train_loss: mean loss per datum of each epoch, over weights that moved meanwhile; of the first group's
             steps where groups take turns.
         validation_loss: loss per datum at the end of each epoch; empty without validation.
-        best_epoch: epoch, counted from 1, whose weights were kept; 0: the weights before training.
+        best_epoch: epoch, counted from 1, with the lowest validation loss (the best metric, where one is monitored);
+            without validation the last one.
         epochs: epochs finished, those before a resume included.
         stopped: ``"epochs"``, ``"early stopping"``, ``"callback"``, ``"interrupted"``, ``"non-finite loss"`` or
             ``"degenerate weights"`` (log Z came to rest on one or two draws of its base).
         seconds: wall-clock seconds, those before a resume included.
         seed: the seed used; pass it for the same run again.
         log_z: log Z of the tilt that :func:`fit_tilt` learned and its standard error; None elsewhere.
+        kept_epoch: the epoch whose weights were kept; 0: the weights before training.
+        metrics: name -> value at the end of each epoch, of the metrics of :class:`Validation`.
     """
 
     train_loss: list[float] = field(repr=False)
@@ -63,22 +69,24 @@ class FitResult:
     seconds: float
     seed: int
     log_z: Estimate | None = None
+    kept_epoch: int = 0
+    metrics: dict[str, list[float]] = field(default_factory=dict, repr=False)
 
     def _repr_html_(self) -> str:
-        rows = [["training", *_shown_losses(self.train_loss, self.best_epoch)]]
+        rows = [["training", *_shown_losses(self.train_loss, self.kept_epoch)]]
         if self.validation_loss:
-            rows.append(["validation", *_shown_losses(self.validation_loss, self.best_epoch)])
+            rows.append(["validation", *_shown_losses(self.validation_loss, self.kept_epoch)])
         seconds = f"{self.seconds:.3g} s"
         facts = [f"{self.epochs:,} epochs", f"stopped: {self.stopped}", seconds, f"seed {self.seed}"]
         if self.log_z is not None:
             facts.append(f"log Z {float(self.log_z.value):.3f} ± {float(self.log_z.se):.2g}")
-        kept = f"the weights kept are those of epoch {self.best_epoch:,}" if self.best_epoch else "no epoch was better"
+        kept = f"the weights kept are those of epoch {self.kept_epoch:,}" if self.kept_epoch else "no epoch was better"
         return table("FitResult", facts, ["loss per datum", "first", "kept", "last"], rows, [kept])
 
 
-def _shown_losses(losses: list[float], best_epoch: int) -> list[str]:
+def _shown_losses(losses: list[float], kept_epoch: int) -> list[str]:
     """The first, the kept and the last one, as text."""
-    kept = losses[best_epoch - 1] if 0 < best_epoch <= len(losses) else math.nan
+    kept = losses[kept_epoch - 1] if 0 < kept_epoch <= len(losses) else math.nan
     return [number(loss) for loss in (losses[0] if losses else math.nan, kept, losses[-1] if losses else math.nan)]
 
 
@@ -93,8 +101,9 @@ def fit(
     scheduler: MakeScheduler | None = None,
     epochs: int = 100,
     batch_size: int = 128,
-    validation: float | Data | None = 0.1,
-    patience: int | None = 10,
+    validation: float | Data | Validation | None = 0.1,
+    keep: str | Average | None = None,
+    patience: int | str | None = "auto",
     clip_grad_norm: float | None = None,
     checkpoint: Checkpoint | str | Path | None = None,
     seed: int | None = None,
@@ -103,11 +112,13 @@ def fit(
 ) -> FitResult:
     """Train a model and guide by stochastic gradients on an ELBO, or on any other loss.
 
-    Afterwards the trained modules hold the weights of the epoch with the lowest validation loss
-    (train loss where there is no validation; the last epoch where that loss is no measure of fit) and are
-    in ``eval()`` mode. All other modules behind ``model`` and ``guide`` stay bit-identical, in ``eval()`` mode
-    throughout. All randomness comes from ``seed``; the global torch generator is left as it was, except for
-    the one number drawn from it where ``seed`` is None.
+    Afterwards the trained modules hold the weights that ``keep`` says, by default those of the last epoch of which
+    validation cannot say that it is worse than the best, and are in ``eval()`` mode. All other modules behind
+    ``model`` and ``guide`` stay bit-identical, in ``eval()`` mode throughout. All randomness comes from ``seed``; the
+    global torch generator is left as it was, except for the one number drawn from it where ``seed`` is None.
+
+    A minibatch counts as in Pyro's ``plate(size, subsample_size=)``: sites outside the plate of the data belong to all
+    data, and have their KL once per pass and not once per minibatch.
 
     Training ends before its time where a loss, a gradient or a weight is not finite, and where the estimate of
     log Z rests on one or two draws for an epoch (and at least 50 steps): an energy that runs away shows itself
@@ -124,8 +135,10 @@ def fit(
             ``(model, guide, *batch)`` that returns the loss as a scalar, summed over the batch. An object
             may also have ``validation(model, guide, *batch)``, the loss to validate with where its own is no
             measure of fit, and ``state_dict()`` with ``load_state_dict()``, of tensors and plain values, which
-            checkpoints then hold. A sequence: one for each group of ``train``.
-        train: the module or modules that learn; None: all that are found behind model and guide. Groups,
+            checkpoints then hold. With an argument ``epoch`` it is told the epoch, from 1 on (a weight of the KL
+            that grows). A sequence: one for each group of ``train``.
+        train: the module or modules that learn; None: all that are found behind model and guide, and every
+            ``pyro.param`` that they meet. Groups,
             as in ``[[vae], [energy]]``, take turns: with each minibatch each group makes a step while the others
             stand still, in ``eval()`` mode. The first group's objective validates.
         optimizer: makes a torch optimizer from the list of parameters; Adam with lr=1e-3 by default.
@@ -133,9 +146,15 @@ def fit(
             instance ``functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)``.
         epochs: passes over the data, those before a resume included.
         batch_size: data per step.
-        validation: share of the data held apart, or other data in the form of ``data``, or None. The
-            validation loss is taken in ``eval()`` mode and with the same noise at each epoch.
-        patience: stop after so many epochs without a better loss; None: never.
+        validation: share of the data held apart, or other data in the form of ``data``, or None; or a
+            :class:`Validation`, which adds metrics. The validation loss is taken in ``eval()`` mode, as the mean over
+            several draws, the same at each epoch, those of log Z included.
+        keep: which weights the modules hold afterwards. ``"best"``: those of the last epoch whose validation loss is
+            no higher than the lowest by more than their difference is known. ``"last"``. ``"average"`` or an
+            :class:`Average`: a moving average over the steps. None: the best where there is validation and the
+            objective is the same at each epoch, the last elsewhere.
+        patience: stop after so many epochs without a lower validation loss; None: never. ``"auto"``: 10 epochs, and as
+            many as make 500 steps; never without validation.
         clip_grad_norm: largest norm of the gradient of a step.
         checkpoint: file that keeps the state of the run, or a :class:`Checkpoint`, which also says how often it is
             written and whether the run goes on from it.
@@ -164,24 +183,32 @@ def fit(
     """
     _check_numbers(epochs, batch_size, patience, clip_grad_norm, seed)
     source = source_of("data", data, model, guide)
-    held_apart = validation_of(validation, source, model, guide)
+    wanted = Validation.of(validation)
+    held_apart = validation_of(None if wanted is None else wanted.data, source, model, guide)
     checked_callbacks(callbacks)
-    losses = _objectives(objective, train, model, guide)
+    losses = objectives_of(objective, train, model, guide)
     kept = Checkpoint.of(checkpoint)
     saved = None if kept is None else kept.saved()
     if seed is None:
         seed = saved["seed"] if saved else int(torch.randint(2**62, (), device="cpu"))
-    with forked_rng(seed), warnings.catch_warnings():
+    train_on, judge_on = split_of(source, held_apart, seed)
+    keep = keep_of(keep, validated=judge_on is not None, changing=losses[0].changes)
+    patience = _patience(patience, judge_on, losses[0], train_on.num_batches(batch_size))
+    found = modules_of(model, guide)
+    with forked_rng(seed), warnings.catch_warnings(), own_parameters(model, guide):
         # The loop finds these itself and says more about them.
         warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
-        found = modules_of(model, guide)
-        _set_up(found, losses[0], lambda: source.first(batch_size))
-        groups = _modules_to_train(train, found)
-        with _only_training([m for group in groups for m in group], found) as parameters:
+        surveyed = _survey(losses, train_on, judge_on, batch_size, found)
+        groups = modules_to_train(train, found, surveyed.params)
+        with only_training([m for group in groups for m in group], found) as parameters:
             made = _make_optimizer(optimizer, parameters)
+            judge = None if wanted is None or judge_on is None else Judge(
+                wanted, judge_on, losses[0], surveyed.shares,
+                batch_size=batch_size, seed=seed + 2, device=parameters[0].device,
+            )  # fmt: skip
             run = Run(
-                _with_losses(groups, losses, parameters), made,
-                *split_of(source, held_apart, seed),
+                with_losses(groups, losses, parameters), made, train_on, judge,
+                keep=keep, shares=surveyed.shares,
                 batch_size=batch_size, clip_grad_norm=clip_grad_norm, seed=seed, named=train is not None,
                 scheduler=_make_scheduler(scheduler, made),
                 frozen=[m for m in found if not any(p.requires_grad for p in m.parameters())],
@@ -194,8 +221,9 @@ def fit(
         warn_user(trouble, TrainingWarning)
     past = run.progress
     return FitResult(
-        past.train_loss, past.validation_loss, past.best_epoch, past.epoch, stopped, past.seconds, seed
-    )
+        past.train_loss, past.validation_loss, past.best_epoch, past.epoch, stopped, past.seconds, seed,
+        kept_epoch=past.kept_epoch, metrics=past.metrics,
+    )  # fmt: skip
 
 
 def _loop(
@@ -256,103 +284,33 @@ def _bar_name(model: Callable[..., Any]) -> str:
     return name.rpartition(".")[0].lower() or name.strip("<>")
 
 
-def _set_up(found: list[nn.Module], loss: Objective, batch: Callable[[], Sequence[Tensor]]) -> None:
-    """Call once what makes its parameters only when it is first called, as Pyro's autoguides do."""
-    if any(isinstance(m, PyroModule) or not any(True for _ in m.parameters()) for m in found):
+def _survey(
+    losses: Sequence[Objective], train_on: Source, judge_on: Source | None, batch_size: int, found: list[nn.Module]
+) -> Survey:
+    """See what the losses do with a minibatch; what makes its parameters when first called, as autoguides, does."""
+    num, batch = train_on.num_data(), train_on.first(batch_size)
+    whole = judge_on is None and num == num_data_of(batch)
+    surveys = []
+    for loss in {id(loss): loss for loss in losses}.values():
         state = loss.state()
-        with torch.no_grad(), evaluation_mode(*found):
-            loss.value(*batch())
+        surveys.append(survey(loss.value, batch, found, num_data=num, whole=whole))
         loss.load_state(state)
-
-
-def _takes_turns(train: Any) -> bool:
-    """Whether the modules to train are in groups."""
-    return isinstance(train, Sequence) and any(isinstance(item, Sequence) for item in train)
-
-
-def _objectives(
-    objective: Any, train: Any, model: Callable[..., Any], guide: Callable[..., Any]
-) -> list[Objective]:
-    """One objective, or one for each group of modules to train."""
-    if not isinstance(objective, Sequence) or isinstance(objective, str):
-        return [Objective(objective, model, guide)]
-    num_groups = len(train) if _takes_turns(train) else 1
-    if len(objective) != num_groups:
-        raise ValueError(
-            f"objective must be one objective or one for each group of train=, got {len(objective)} for "
-            f"{num_groups} group(s); groups are written train=[[vae], [energy]]"
+    first = surveys[0]
+    first.params = list(dict.fromkeys(name for each in surveys for name in each.params))
+    if first.unshared:
+        warn_user(
+            f"the sites {first.unshared} belong to all data, but nobody knows how many data a stream has: they count "
+            "in full with each of its minibatches; give the model's plate its size, pyro.plate(name, size, "
+            "subsample_size=len(x))",
+            TrainingWarning,
         )
-    made: dict[int, Objective] = {}
-    for index, item in enumerate(objective):
-        made.setdefault(id(item), Objective(item, model, guide, f"objective[{index}]"))
-    return [made[id(item)] for item in objective]
-
-
-def _modules_to_train(train: Any, found: list[nn.Module]) -> list[list[nn.Module]]:
-    """The modules that learn, in groups that take turns; one group unless ``train`` is nested."""
-    if train is None:
-        trained = [m for m in found if any(p.requires_grad for p in m.parameters())]
-        if not trained:
-            raise ValueError(
-                "no module with parameters was found behind model and guide; "
-                "name what shall learn with train=, for instance train=vae"
-            )
-        return [trained]
-    groups = list(train) if _takes_turns(train) else [[train] if isinstance(train, nn.Module) else train]
-    for group in groups:
-        if not isinstance(group, Sequence) or not group or not all(isinstance(m, nn.Module) for m in group):
-            raise TypeError(
-                "train must be a torch.nn.Module or a sequence of them, or a sequence of such sequences that take "
-                f"turns, got {train!r}"
-            )
-    for name, group in zip(_group_names(groups), groups, strict=True):
-        for index, module in enumerate(group):
-            if not any(p.requires_grad for p in module.parameters()):
-                raise ValueError(
-                    f"{name}[{index}] ({type(module).__name__}) has no parameters that can learn; "
-                    "leave it out, or set requires_grad on its parameters"
-                )
-    return [list(group) for group in groups]
-
-
-def _group_names(groups: Sequence[Any]) -> list[str]:
-    return ["train"] if len(groups) == 1 else [f"train[{index}]" for index in range(len(groups))]
-
-
-def _with_losses(
-    groups: list[list[nn.Module]], losses: list[Objective], parameters: list[nn.Parameter]
-) -> list[Group]:
-    losses = losses * len(groups) if len(losses) == 1 else losses
-    made = []
-    for name, modules, loss in zip(_group_names(groups), groups, losses, strict=True):
-        inside = {id(p) for module in modules for p in module.parameters()}
-        made.append(Group(modules, [p for p in parameters if id(p) in inside], loss, name))
-    return made
-
-
-@contextlib.contextmanager
-def _only_training(trained: list[nn.Module], found: list[nn.Module]) -> Iterator[list[nn.Parameter]]:
-    """Freeze all but the trained modules, and undo that afterwards; yield the parameters that learn."""
-    trained = list({id(m): m for m in trained}.values())
-    parameters = list({id(p): p for m in trained for p in m.parameters() if p.requires_grad}.values())
-    learning = {id(p) for p in parameters}
-    modes = [(sub, sub.training) for m in [*found, *trained] for sub in m.modules()]
-    flags = [(p, p.requires_grad) for m in found for p in m.parameters()]
-    try:
-        for sub, _ in modes:
-            sub.training = False
-        for p, _ in flags:
-            p.requires_grad_(id(p) in learning)
-        yield parameters
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for p in parameters:
-            p.grad = None
-        for sub, mode in modes:
-            sub.training = mode
-    for module in trained:
-        module.eval()
+    if first.plate is not None and num is not None and first.shares.full_size != num:
+        warn_user(
+            f"plate {first.plate!r} of the model has {first.shares.full_size} data, training has {num} (validation= "
+            "holds some apart): what is learned is as sure as all of the plate's data would make it",
+            TrainingWarning,
+        )
+    return first
 
 
 def _make_optimizer(make: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -379,9 +337,20 @@ def _make_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> Any:
     return made
 
 
+def _patience(patience: Any, judge_on: Source | None, loss: Objective, steps: int) -> int | None:
+    """How many epochs to wait for a better loss: by itself ten, and of few steps as many as make five hundred."""
+    judged = judge_on is not None and not loss.changes
+    if patience is None or (patience == "auto" and not judged):
+        return None
+    if not judged:
+        why = "the objective changes with the epoch" if judge_on is not None else "there is no validation loss"
+        raise ValueError(f"patience={patience} has nothing to go by: {why}; pass patience=None, or validation=")
+    return max(_PATIENCE, math.ceil(_PATIENT_STEPS / steps)) if patience == "auto" else int(patience)
+
+
 def _check_numbers(epochs: Any, batch_size: Any, patience: Any, clip_grad_norm: Any, seed: Any) -> None:
     counts = {"epochs": epochs, "batch_size": batch_size}
-    if patience is not None:
+    if patience is not None and patience != "auto":
         counts["patience"] = patience
     for name, count in counts.items():
         whole_number(name, count)

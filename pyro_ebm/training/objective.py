@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,9 @@ class Objective:
     Args:
         objective: None for ``Trace_ELBO()``, a Pyro ELBO, or ``(model, guide, *batch) -> scalar``. It may have
             ``validation(model, guide, *batch) -> scalar``, a measure of fit in place of a loss that is none, and
-            ``state_dict()`` with ``load_state_dict()``, what it carries from one step to the next.
+            ``state_dict()`` with ``load_state_dict()``, what it carries from one step to the next. Where it has an
+            argument ``epoch``, it is told the epoch, counted from 1; where ``in_nats`` is true of it, its loss is
+            minus a log likelihood, as that of an ELBO is.
         model: the model.
         guide: the guide.
         name: of the argument, for messages.
@@ -42,8 +45,11 @@ class Objective:
             )
         self.given, self.name = objective, name
         self.args = (model, guide)
+        self._is_elbo = is_elbo
         self._loss = getattr(objective, "differentiable_loss", None) if is_elbo else objective
         self._measure = getattr(objective, "validation", None)
+        self.in_nats = bool(getattr(objective, "in_nats", is_elbo))
+        self._told = {name: _takes_epoch(each) for name, each in {"loss": self._loss, "measure": self._measure}.items()}
         self._stateful = all(hasattr(objective, part) for part in ("state_dict", "load_state_dict"))
 
     @property
@@ -51,24 +57,29 @@ class Objective:
         """Whether a lower loss means a better fit: not where the objective brings another measure along."""
         return self._measure is None
 
-    def value(self, *batch: Tensor) -> float:
+    @property
+    def changes(self) -> bool:
+        """Whether losses of different epochs cannot be compared: the objective changes with the epoch."""
+        return self._told["loss"] if self._measure is None else self._told["measure"]
+
+    def value(self, *batch: Tensor, epoch: int = 1) -> float:
         """The loss summed over the batch, without gradients."""
         with torch.no_grad():
-            loss = self.given.loss(*self.args, *batch) if self._loss is None else self._tensor(self._loss, *batch)
-        return float(loss)
+            if self._is_elbo:  # what is differentiable may be more than an ELBO can do without gradients
+                return float(self.given.loss(*self.args, *batch))
+            return float(self._tensor("loss", batch, epoch))
 
-    def validation(self, *batch: Tensor) -> float:
+    def validation(self, *batch: Tensor, epoch: int = 1) -> float:
         """The measure of fit summed over the batch, without gradients: the loss itself unless told otherwise."""
         if self._measure is None:
-            return self.value(*batch)
+            return self.value(*batch, epoch=epoch)
         with torch.no_grad():
-            return float(self._tensor(self._measure, *batch))
+            return float(self._tensor("measure", batch, epoch))
 
-    def gradients(self, parameters: list[nn.Parameter], *batch: Tensor) -> Tensor:
-        """Put the gradients of the loss per datum into the parameters; return that loss."""
-        num = batch[0].shape[0]
+    def gradients(self, parameters: list[nn.Parameter], *batch: Tensor, num: int, epoch: int = 1) -> Tensor:
+        """Put the gradients of the loss over ``num`` into the parameters; return that loss."""
         if self._loss is not None:
-            loss = self._tensor(self._loss, *batch) / num
+            loss = self._tensor("loss", batch, epoch) / num
             if not loss.requires_grad:
                 raise ValueError(
                     "the loss does not depend on any parameter that is to be trained; check train=, and that "
@@ -96,8 +107,9 @@ class Objective:
         if self._stateful:
             self.given.load_state_dict(copy.deepcopy(state))
 
-    def _tensor(self, function: Callable[..., Any], *batch: Tensor) -> Tensor:
-        loss = function(*self.args, *batch)
+    def _tensor(self, which: str, batch: tuple[Tensor, ...], epoch: int) -> Tensor:
+        function: Any = self._loss if which == "loss" else self._measure
+        loss = function(*self.args, *batch, **({"epoch": epoch} if self._told[which] else {}))
         # An ELBO in which nothing is learned or stochastic is a plain number.
         loss = torch.as_tensor(loss) if isinstance(loss, int | float) else loss
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -106,6 +118,17 @@ class Objective:
                 f"{self.name} must return one number, the loss summed over the batch, got {got}; add .sum()"
             )
         return loss.reshape(())
+
+
+def _takes_epoch(function: Any) -> bool:
+    """Whether a function has an argument ``epoch``."""
+    if function is None or isinstance(getattr(function, "__self__", None), pyro.infer.ELBO):
+        return False
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of some functions written in C
+        return False
+    return "epoch" in parameters
 
 
 def _with_parameter_site(model: Callable[..., Any]) -> Callable[..., Any]:

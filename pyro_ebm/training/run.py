@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.errors import CheckpointError
-from pyro_ebm.randomness import forked_rng
 from pyro_ebm.tilts.normalizer import weights_reported_to
 from pyro_ebm.tilts.streams import log_z_stream
 from pyro_ebm.training.checkpoints import load_into, require_match, weights_of, write
 from pyro_ebm.training.data import Tensors
 from pyro_ebm.training.guard import WeightGuard, require_finite
+from pyro_ebm.training.minibatch import Shares, num_data_of
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.saved_run import require_possible
+from pyro_ebm.training.selection import Average, Moving, within_error
 from pyro_ebm.training.sources import Source
+from pyro_ebm.training.validation import Judge, Judgment
 
 __all__ = ["Group", "Progress", "Run"]
-
-_VALIDATION_DRAWS = 1024  # of each log Z
 
 @dataclass
 class Progress:
@@ -34,13 +35,16 @@ class Progress:
     epoch: int = 0
     best_epoch: int = 0
     best_loss: float = math.inf
+    best_parts: list[float] = field(default_factory=list)
+    kept_epoch: int = 0
     seconds: float = 0.0
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def latest(self) -> dict[str, float]:
         """Losses of the last epoch, for the progress bar."""
-        curves = {"train": self.train_loss, "validation": self.validation_loss}
+        curves = {"train": self.train_loss, "validation": self.validation_loss, **self.metrics}
         return {name: curve[-1] for name, curve in curves.items() if curve}
 
 
@@ -81,10 +85,12 @@ class Run:
         groups: modules that learn, by the groups that take turns.
         optimizer: over all their parameters.
         data: to train on.
-        validation: to validate on, or None.
+        judge: what takes the validation loss, or None.
+        keep: ``"best"`` (with a judge), ``"last"``, or an average of the weights.
+        shares: what a minibatch counts for.
         batch_size: data per step.
         clip_grad_norm: largest norm of a gradient, or None.
-        seed: of the order of the data and the noise of the validation.
+        seed: of the order of the data.
         named: whether the user named the modules, so that each must matter to the loss.
         frozen: modules that must stay in ``eval()`` mode.
         scheduler: of the learning rate, stepped after each epoch, or None.
@@ -95,8 +101,10 @@ class Run:
         groups: Sequence[Group],
         optimizer: torch.optim.Optimizer,
         data: Source,
-        validation: Source | None,
+        judge: Judge | None,
         *,
+        keep: str | Average,
+        shares: Shares,
         batch_size: int,
         clip_grad_norm: float | None,
         seed: int,
@@ -108,7 +116,9 @@ class Run:
         self.trained = list({id(m): m for group in groups for m in group.modules}.values())
         self.parameters = list({id(p): p for group in groups for p in group.parameters}.values())
         self.objectives = list({id(group.loss): group.loss for group in groups}.values())
-        self.data, self.validation, self.batch_size = data, validation, batch_size
+        self.data, self.judge, self.batch_size = data, judge, batch_size
+        self.keeping, self.shares = keep, shares
+        self.moving = Moving(self.parameters, keep.decay) if isinstance(keep, Average) else None
         self.clip_grad_norm, self.seed = clip_grad_norm, seed
         self.device = self.parameters[0].device
         self.order = torch.Generator().manual_seed(seed + 1)
@@ -123,22 +133,39 @@ class Run:
         """One pass over the data, and what it did to the validation loss."""
         train_loss = self._train()
         require_finite([_norm(self.parameters).item()], ["norm of the weights"], self._where("the end"))
-        loss = train_loss if self.validation is None else self._validate(self.validation)
-        require_finite([loss], ["validation loss"], self._where("the end"))
-        # A loss that is no measure of fit chooses nothing: then the last weights are kept.
-        better = loss < self.progress.best_loss or (self.validation is None and not self.groups[0].loss.is_measure)
-        best = weights_of(self.trained) if better and not self.guard.doubtful else None
+        with self.as_kept():
+            judged = Judgment(train_loss, {}, train_loss, []) if self.judge is None else self._validate(self.judge)
+            require_finite([judged.loss, judged.score], ["validation loss", "monitored metric"], self._where("the end"))
+            chosen = weights_of(self.trained) if self._is_kept(judged) else None
         if self.scheduler is not None:
             step: Callable[..., None] = self.scheduler.step
             plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            step(loss) if plateau else step()
+            step(judged.score) if plateau else step()
         past = self.progress
         past.epoch += 1
         past.train_loss.append(train_loss)
-        if self.validation is not None:
-            past.validation_loss.append(loss)
-        if best is not None:
-            self.best, past.best_epoch, past.best_loss = best, past.epoch, loss
+        if self.judge is not None:
+            past.validation_loss.append(judged.loss)
+            for name, value in judged.metrics.items():
+                past.metrics.setdefault(name, []).append(value)
+        # What is no basis for a choice among weights ends no training either.
+        if not self.guard.doubtful and (judged.score < past.best_loss or self.judge is None):
+            past.best_epoch, past.best_loss, past.best_parts = past.epoch, judged.score, judged.parts
+        if chosen is not None:
+            self.best, past.kept_epoch = chosen, past.epoch
+
+    def _is_kept(self, judged: Judgment) -> bool:
+        """Whether these weights take the place of those kept so far: the last wins where noise decides."""
+        if self.guard.doubtful:
+            return False
+        if self.judge is None or self.keeping != "best":
+            return True
+        past = self.progress
+        return within_error(judged.score, judged.parts, past.best_loss, past.best_parts, nats=self.judge.nats)
+
+    def as_kept(self) -> AbstractContextManager[None]:
+        """Within this block the modules hold what is kept of an epoch: the weights, or their average."""
+        return nullcontext() if self.moving is None else self.moving.in_place()
 
     def _train(self) -> float:
         """One pass over the data; the mean loss of the first group's steps."""
@@ -149,7 +176,9 @@ class Run:
                 if step == 1 or len(self.groups) > 1:
                     self._set_modes(group)
                 losses.append(self._step(group, step, batch))
-            total, num = total + losses[0] * batch[0].shape[0], num + batch[0].shape[0]
+            if self.moving is not None:
+                self.moving.update()
+            total, num = total + losses[0] * num_data_of(batch), num + num_data_of(batch)
         return total / num
 
     def _set_modes(self, group: Group) -> None:
@@ -164,8 +193,9 @@ class Run:
     def _step(self, group: Group, step: int, batch: Tensors) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         stream = (self.seed, self.progress.epoch, step, group.name)
-        with weights_reported_to(self.guard.listen), log_z_stream(*stream):
-            loss = group.loss.gradients(group.parameters, *batch)
+        divisor, epoch = self.shares.divisor(batch), self.progress.epoch + 1
+        with weights_reported_to(self.guard.listen), log_z_stream(*stream), self.shares.counting(batch):
+            loss = group.loss.gradients(group.parameters, *batch, num=divisor, epoch=epoch)
         if len(self.groups) > 1:
             self._drop_gradients_outside(group)
         if not group.checked:
@@ -189,22 +219,19 @@ class Run:
             if id(p) not in inside:
                 p.grad = None
 
-    def _validate(self, data: Source) -> float:
+    def _validate(self, judge: Judge) -> Judgment:
         for module in self.trained:
             module.eval()
-        # The same noise at each epoch, so that a difference between epochs is one between weights.
-        with forked_rng(self.seed + 2), log_z_stream(self.seed, "validation", at_least=_VALIDATION_DRAWS):
-            measure = self.groups[0].loss.validation
-            parts = [(measure(*b), b[0].shape[0]) for b in data.batches(self.batch_size, self.device)]
-        return sum(loss for loss, _ in parts) / sum(num for _, num in parts)
+        return judge(self.progress.epoch + 1)
 
     def _where(self, place: str) -> str:
         return f"in epoch {self.progress.epoch + 1} at {place}"
 
     def kept(self) -> str:
         """Which weights the modules hold after :meth:`restore_best`, in words."""
-        best = self.progress.best_epoch
-        return f"kept the weights of epoch {best}, the best so far" if best else "kept the initial weights"
+        kept = self.progress.kept_epoch
+        why = ", the best so far" if self.keeping == "best" else ""
+        return f"kept the weights of epoch {kept}{why}" if kept else "kept the initial weights"
 
     def restore_best(self) -> None:
         """Put the best weights so far into the modules."""
@@ -232,6 +259,7 @@ class Run:
             "order": self.order.get_state(),
             "objectives": [loss.state() for loss in self.objectives],
             "weight_sizes": list(self.guard.recent),
+            "average": None if self.moving is None else self.moving.state(),
         }
 
     def save(self, path: str | Path) -> None:
@@ -250,7 +278,8 @@ class Run:
                 "seed": self.seed,
                 "batch_size": self.batch_size,
                 "data": self.data.fingerprint(),
-                "validation": None if self.validation is None else self.validation.fingerprint(),
+                "validation": None if self.judge is None else self.judge.source.fingerprint(),
+                "keep": repr(self.keeping),
                 # None for one group, which is what older files have.
                 "groups": [[self.trained.index(m) for m in g.modules] for g in self.groups] if turns else None,
             }
@@ -280,6 +309,8 @@ class Run:
             torch.set_rng_state(saved["rng"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
+            if self.moving is not None:
+                self.moving.load_state(saved["average"])
             self.progress = Progress(**fields)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(

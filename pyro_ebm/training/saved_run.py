@@ -36,10 +36,13 @@ def require_possible(
 def _of_progress(saved: Mapping[str, Any]) -> Iterator[str]:
     epoch: Any = saved.get("epoch")
     best: Any = saved.get("best_epoch")
+    kept: Any = saved.get("kept_epoch")
     if not is_whole_number(epoch, at_least=0):
         yield f"its epoch is {epoch!r}, no whole number from 0 on"
     elif not is_whole_number(best, at_least=0) or best > epoch:
         yield f"its best_epoch is {best!r}, none of the {epoch} it had"
+    elif not is_whole_number(kept, at_least=0) or kept > epoch:
+        yield f"its kept_epoch is {kept!r}, none of the {epoch} it had"
     else:
         for name, lengths in (("train_loss", (epoch,)), ("validation_loss", (0, epoch))):
             yield from _of_curve(name, saved.get(name), lengths)

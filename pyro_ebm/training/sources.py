@@ -31,6 +31,9 @@ __all__ = ["Source", "source_of", "split_of", "validation_of"]
 class Source(Protocol):
     """Data as minibatches."""
 
+    def num_data(self) -> int | None:
+        """Data of one pass; None where nobody knows."""
+
     def num_batches(self, size: int) -> int:
         """Minibatches of one pass."""
 
@@ -97,6 +100,9 @@ class _Memory:
     def __len__(self) -> int:
         return self.tensors[0].shape[0]
 
+    def num_data(self) -> int | None:
+        return len(self)
+
     def num_batches(self, size: int) -> int:
         return math.ceil(len(self) / size)
 
@@ -126,6 +132,9 @@ class _Items:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def num_data(self) -> int | None:
+        return len(self)
 
     def num_batches(self, size: int) -> int:
         return math.ceil(len(self) / size)
@@ -160,6 +169,12 @@ class _Loader:
     def __init__(self, name: str, loader: DataLoader, ordered: Callable[[Any], Any]) -> None:
         self.name, self.loader, self.ordered = name, loader, ordered
 
+    def num_data(self) -> int | None:
+        try:
+            return len(self.loader.sampler)  # type: ignore[arg-type]
+        except TypeError:  # of a stream nobody knows
+            return None
+
     def num_batches(self, size: int) -> int:
         try:
             return len(self.loader)
@@ -178,8 +193,14 @@ class _Loader:
         return self, None
 
     def first(self, size: int) -> Tensors:
-        with forked_rng(0):
-            return _checked(self.name, self.ordered(next(iter(self.loader))))
+        own = {self.loader.generator, getattr(self.loader.sampler, "generator", None)} - {None}
+        states = [(generator, generator.get_state()) for generator in own]
+        try:
+            with forked_rng(0):
+                return next(self.batches(size, torch.device("cpu")))
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
 
     def fingerprint(self) -> int:
         about = (type(self.loader.dataset).__name__, self.num_batches(0), self.loader.batch_size)

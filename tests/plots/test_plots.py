@@ -34,7 +34,7 @@ def balance(*proportions: float) -> SimpleNamespace:
 
 def history(best: int = 3) -> SimpleNamespace:
     return SimpleNamespace(
-        train_loss=[3.0, 2.0, 1.5, 1.4], validation_loss=[3.1, 2.3, 2.1, 2.2], best_epoch=best
+        train_loss=[3.0, 2.0, 1.5, 1.4], validation_loss=[3.1, 2.3, 2.1, 2.2], kept_epoch=best
     )
 
 
@@ -192,7 +192,7 @@ def test_training_curves_mark_the_best_epoch_and_number_epochs_from_one() -> Non
 
 
 def test_training_curves_leave_out_a_steep_start_but_nothing_low() -> None:
-    result = SimpleNamespace(train_loss=[1e3, *np.linspace(3, 2, 29)], validation_loss=[], best_epoch=30)
+    result = SimpleNamespace(train_loss=[1e3, *np.linspace(3, 2, 29)], validation_loss=[], kept_epoch=30)
     ax = plots.plot_training_curves(result, ax=Figure().subplots())
     low, high = ax.get_ylim()
     assert low < 2 and 3 < high < 10
@@ -357,7 +357,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str]] = {
         "each of 2 classes",
     ),
     "no epochs": (
-        lambda: plots.plot_training_curves(SimpleNamespace(train_loss=[], validation_loss=[], best_epoch=0)),
+        lambda: plots.plot_training_curves(SimpleNamespace(train_loss=[], validation_loss=[], kept_epoch=0)),
         "holds no epoch",
     ),
     "no draws": (lambda: plots.plot_compare({}), "draws is empty"),

@@ -63,7 +63,7 @@ def stop_at_call(number, error=KeyboardInterrupt):
     calls = []
 
     def objective(model, guide, *batch):
-        calls.append(1)
+        calls.extend([1] if torch.is_grad_enabled() else [])
         if len(calls) == number:
             raise error
         return Trace_ELBO().differentiable_loss(model, guide, *batch)
@@ -111,7 +111,7 @@ def test_the_validation_loss_is_that_of_the_kept_weights():
     result = run(module, validation=(x, y), epochs=5)
     loss = Trace_ELBO().loss(module.model, module.guide, x, y) / 20
     assert not module.training
-    assert loss == pytest.approx(min(result.validation_loss), rel=1e-5)
+    assert loss == pytest.approx(result.validation_loss[result.kept_epoch - 1], rel=1e-5)
 
 
 def test_validation_noise_is_the_same_at_each_epoch():
@@ -243,10 +243,10 @@ def test_modules_hidden_in_a_function_get_no_gradients():
     assert same(encoder, weights(vae.encoder))
 
 
-@pytest.mark.parametrize("number", [3, 10])
+@pytest.mark.parametrize("number", [3, 7])
 def test_an_interruption_keeps_the_best_so_far(number):
     module, reference = line(), line()
-    # Four steps and one validation an epoch: call 10 lies in the second epoch.
+    # Four steps an epoch: call 7 lies in the second one.
     with pytest.warns(TrainingWarning, match=r"interrupted in epoch \d; kept the .*weights"):
         result = run(module, objective=stop_at_call(number))
     assert result.stopped == "interrupted"
@@ -263,11 +263,11 @@ def test_what_is_not_finite_never_reaches_the_weights(where):
 
     def objective(model, guide, x, y):
         loss = Trace_ELBO().differentiable_loss(model, guide, x, y)
-        bad.append(1)
-        if len(bad) <= 5:
+        bad.extend([1] if module.training else [])
+        if len(bad) < 4 + 1 or (where == "validation loss") == module.training:
             return loss
-        if where == "loss" or (where == "validation loss" and not module.training):
-            return loss * math.nan
+        if where in ("loss", "validation loss"):
+            return loss * math.nan if len(bad) > 4 else loss
         # sqrt has an infinite slope at zero
         return loss + (module.linear.weight * 0).sqrt().sum() if where == "norm of the gradient" else loss
 
@@ -277,7 +277,7 @@ def test_what_is_not_finite_never_reaches_the_weights(where):
         class Breaking(torch.optim.SGD):
             def step(self, closure=None):
                 super().step()
-                if len(bad) == 9:
+                if len(bad) == 8:
                     module.linear.weight.data.fill_(math.inf)
 
         optimizer = functools.partial(Breaking, lr=0.1)
@@ -351,7 +351,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, optimizer):
     assert result.best_epoch == expected.best_epoch
 
 
-@pytest.mark.parametrize("number", [2, 13])
+@pytest.mark.parametrize("number", [2, 10])
 def test_a_run_resumed_after_an_interruption_is_the_same_run(tmp_path, number):
     x = torch.rand(64, 4)
     whole = VAE((4,), 2, hidden=(5,))
@@ -583,7 +583,7 @@ def test_a_named_module_that_does_not_matter_is_named():
 
 
 def test_a_model_without_modules_says_what_to_do():
-    with pytest.raises(ValueError, match="no module with parameters was found.*train="):
+    with pytest.raises(ValueError, match="nothing to learn was found.*pyro.param.*train="):
         fit(lambda x: None, lambda x: None, torch.ones(8), progress=False)
     with pytest.raises(TypeError, match="guide must be callable, got NoneType"):
         fit(lambda x: None, None, torch.ones(8), progress=False)

@@ -1,0 +1,196 @@
+"""What a minibatch counts for: sites outside the data's plate belong to all data, and a batch to a part of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.randomness import forked_rng
+
+__all__ = ["Shares", "Survey", "num_data_of", "survey"]
+
+Run = Callable[..., object]
+
+
+def num_data_of(batch: Sequence[Tensor]) -> int:
+    """How many data a minibatch has; one where the model holds its data itself and is given none."""
+    return batch[0].shape[0] if batch else 1
+
+
+@dataclass(frozen=True)
+class Shares:
+    r"""What a minibatch counts for, as in Pyro's ``plate(size, subsample_size=)``, per datum of the training data.
+
+    The loss of a minibatch of ``b`` data is their own part, and ``b / n`` of what belongs to all ``n``: the priors of
+    sites outside the data's plate. Where the model scales its minibatch up itself, its loss is that of all data.
+
+    Args:
+        outside: sites that belong to all data.
+        num_data: how many these are; None: nobody knows.
+        full_size: of the plate that scales the minibatch up; None: there is none.
+    """
+
+    outside: frozenset[str] = frozenset()
+    num_data: int | None = None
+    full_size: int | None = None
+
+    def counting(self, batch: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """Within this block the sites that belong to all data count in part."""
+        num = num_data_of(batch)
+        if not self.outside or self.num_data is None or num == self.num_data:
+            return nullcontext()
+        return _Scaled(self.outside, num / self.num_data)
+
+    def divisor(self, batch: Sequence[Tensor]) -> int:
+        """What turns the loss of a minibatch into a loss per datum."""
+        return num_data_of(batch) if self.full_size is None else self.full_size
+
+
+class _Scaled(Messenger):
+    """Scales some sites."""
+
+    def __init__(self, sites: frozenset[str], factor: float) -> None:
+        super().__init__()
+        self.sites, self.factor = sites, factor
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.sites:
+            msg["scale"] = msg["scale"] * self.factor
+
+
+@dataclass
+class Survey:
+    """What a first look at a loss showed.
+
+    Attributes:
+        shares: what a minibatch counts for.
+        params: names of the ``pyro.param`` statements that it met, those of PyroModules and ``pyro.module`` included.
+        unshared: sites that belong to all data, where nobody knows how many these are.
+        plate: the plate that scales the minibatch up.
+    """
+
+    shares: Shares = field(default_factory=Shares)
+    params: list[str] = field(default_factory=list)
+    unshared: list[str] = field(default_factory=list)
+    plate: str | None = None
+
+
+def survey(
+    run: Run, batch: tuple[Tensor, ...], found: Sequence[nn.Module], *, num_data: int | None, whole: bool
+) -> Survey:
+    """Look at a loss: which sites it visits, and which of them belong to all data.
+
+    A site does if nothing about it changes with the minibatch: neither its plates nor its shape with the number of
+    data, nor, where it is observed, its density with their values.
+
+    Args:
+        run: takes a minibatch.
+        batch: one.
+        found: the modules behind it, for their mode.
+        num_data: how many data there are in all; None: nobody knows.
+        whole: whether no other minibatch is ever taken than the whole data.
+
+    Raises:
+        ValueError: a plate of the model takes a subsample that is none of the minibatch's.
+    """
+    first, error = _look(run, batch, found)
+    if error is not None:
+        _refuse_subsample(first, batch, error)
+        return Survey(params=list(first.params))  # the training itself will say better what is wrong
+    num = num_data_of(batch)
+    if whole or num < 2:
+        return Survey(Shares(num_data=num_data), list(first.params))
+    fewer, error = _look(run, tuple(part[: num - 1] for part in batch), found)
+    if error is not None:
+        _refuse_subsample(fewer, batch, error)
+        inside = {name for name, seen in first.sites.items() if any(num in shape for shape in seen)}
+        scaled = {plate: full for plate, (size, full) in first.enlarged.items() if size == num}
+        outside = [name for name in first.sites if name not in inside]
+    else:
+        others, _ = _look(run, tuple(part[1:] for part in batch), found)
+        inside = {name for name, seen in first.sites.items() if seen != fewer.sites.get(name)}
+        inside |= {name for name, density in fewer.densities.items() if density != others.densities.get(name)}
+        scaled = {plate: full for plate, (size, full) in fewer.enlarged.items() if size == num - 1}
+        # A share that follows the minibatch was given by hand.
+        outside = [n for n in first.sites if n not in inside and first.scales[n] == fewer.scales.get(n)]
+    params = list(first.params)
+    if scaled:
+        plate, full = next(iter(scaled.items()))
+        return Survey(Shares(full_size=full), params, plate=plate)
+    if num_data is not None and num < num_data:  # so is one that is a minibatch's
+        outside = [n for n in outside if not math.isclose(first.scales[n], num / num_data, rel_tol=0.02)]
+    outside = outside if inside else []
+    return Survey(Shares(frozenset(outside), num_data), params, outside if num_data is None else [])
+
+
+class _Look(Messenger):
+    """Notes what is visited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, list[tuple[Any, ...]]] = {}
+        self.densities: dict[str, float] = {}
+        self.scales: dict[str, float] = {}
+        self.params: dict[str, None] = {}
+        self.drawn: dict[str, tuple[int, int]] = {}
+        self.enlarged: dict[str, tuple[int, int]] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and msg["fn"].subsample_size is not None:
+            size, taken = msg["fn"].size, msg["fn"].subsample_size
+            self.drawn |= {msg["name"]: (taken, size)} if taken < size else {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        name, value = msg["name"], msg["value"]
+        for frame in msg["cond_indep_stack"]:
+            enlarged = frame.full_size is not None and frame.full_size != frame.size
+            self.enlarged |= {frame.name: (frame.size, frame.full_size)} if enlarged else {}
+        plates = tuple((frame.name, frame.size) for frame in msg["cond_indep_stack"])
+        seen = (*(size for _, size in plates), *getattr(value, "shape", ()), *msg["fn"].batch_shape)
+        self.sites.setdefault(name, []).append((*(plate for plate, _ in plates), *seen))
+        self.scales[name] = _mean(msg["scale"])
+        if msg["is_observed"]:
+            with suppress(Exception):  # a density that cannot be had decides nothing
+                self.densities[name] = float(msg["fn"].log_prob(value).sum())
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.params[msg["name"]] = None
+
+
+def _mean(scale: Any) -> float:
+    return float(scale.float().mean()) if isinstance(scale, Tensor) else float(scale)
+
+
+def _look(run: Run, batch: tuple[Tensor, ...], found: Sequence[nn.Module]) -> tuple[_Look, Exception | None]:
+    seen = _Look()
+    with forked_rng(0), torch.no_grad(), evaluation_mode(*found), poutine.block(), seen:
+        try:
+            run(*batch)
+        except Exception as error:
+            return seen, error
+    return seen, None
+
+
+def _refuse_subsample(seen: _Look, batch: tuple[Tensor, ...], error: Exception) -> None:
+    if not seen.drawn:
+        return
+    name, (taken, size) = next(iter(seen.drawn.items()))
+    said = f"{type(error).__name__}: {error}".partition("\n")[0]
+    raise ValueError(
+        f"plate {name!r} of the model takes a subsample of its own, {taken} of {size}, but is given minibatches of "
+        f"{num_data_of(batch)} data ({said}); either give it the minibatch, "
+        f"pyro.plate({name!r}, {size}, subsample_size=len(x)), or leave all subsampling to it: "
+        f"batch_size={size}, validation=None"
+    ) from error
