@@ -85,17 +85,18 @@ def own_parameters(*callables: Any) -> Iterator[None]:
     the same names is out of the way meanwhile, and what these modules have put there is gone afterwards. Other
     parameters, also those loaded into the store for them, stay.
     """
-    store = pyro.get_param_store()
     modules = [module for module in modules_of(*callables) if isinstance(module, PyroModule)]
     if not modules:
         yield
         return
+    store = pyro.get_param_store()
     before = dict(store.named_parameters())
-    own = {id(p) for module in modules for p in module.parameters()}
+    names, own = _names_in_store(modules), {id(p) for module in modules for p in module.parameters()}
+    prefixes = tuple(f"{module._pyro_name}." for module in modules if module._pyro_name)
     foreign = {
         name: (value, store._constraints[name])
         for name, value in before.items()
-        if isinstance(value, nn.Parameter) and id(value) not in own and _may_be_named(name, modules)
+        if isinstance(value, nn.Parameter) and id(value) not in own and (name in names or name.startswith(prefixes))
     }
     for name in foreign:
         del store[name]
@@ -111,27 +112,45 @@ def own_parameters(*callables: Any) -> Iterator[None]:
             store._param_to_name[value] = name
 
 
-def _may_be_named(name: str, modules: list[PyroModule]) -> bool:
-    """Whether one of the modules has, or may make when it is first called, a parameter of that name."""
+def _names_in_store(modules: list[PyroModule]) -> set[str]:
+    """The names in Pyro's store of the parameters that PyroModules have now.
+
+    Raises:
+        ValueError: two of the modules have a parameter of one name, which Pyro would make one parameter.
+    """
+    found: dict[str, tuple[nn.Parameter, PyroModule]] = {}
+    names = set()
     for module in modules:
-        if module._pyro_name and name.startswith(f"{module._pyro_name}."):
-            return True
         for sub in module.modules():
-            names = [*sub._parameters, *getattr(sub, "_pyro_params", ())]
-            if isinstance(sub, PyroModule) and any(name == sub._pyro_get_fullname(each) for each in names):
-                return True
-    return False
+            if not isinstance(sub, PyroModule):
+                continue
+            prefix = f"{sub._pyro_name}." if sub._pyro_name else ""
+            names |= {prefix + name for name in sub._parameters}
+            for name in getattr(sub, "_pyro_params", ()):
+                value = sub._parameters[f"{name}_unconstrained"]
+                other, owner = found.setdefault(prefix + name, (value, module))
+                if other is not value:
+                    raise ValueError(
+                        f"{type(owner).__name__} and {type(module).__name__} both have a parameter {prefix + name!r} "
+                        f"in Pyro's store, which would make them one; give one of them a name of its own: "
+                        f"super().__init__(name={type(module).__name__.lower()!r})"
+                    )
+    return names | set(found)
 
 
 @contextmanager
 def evaluation_mode(*callables: Callable[..., Any]) -> Iterator[None]:
-    """Put the modules behind the callables into ``eval`` mode, and each back into its own mode after."""
+    """Put the modules behind the callables into ``eval`` mode, and each back into its own mode after.
+
+    They use :func:`own_parameters` meanwhile.
+    """
     submodules = [sub for module in modules_of(*callables) for sub in module.modules()]
     modes = [(sub, sub.training) for sub in submodules]
     try:
         for sub in submodules:
             sub.training = False
-        yield
+        with own_parameters(*callables):
+            yield
     finally:
         for sub, mode in modes:
             sub.training = mode

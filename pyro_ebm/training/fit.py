@@ -36,6 +36,7 @@ from pyro_ebm.training.validation import Judge, Validation
 __all__ = ["Average", "Checkpoint", "FitResult", "Validation", "fit", "load_weights", "save_weights"]
 
 Data = Any  # tensors, arrays, tables, tuples of them, a Dataset, a DataLoader
+Trained = nn.Module | str  # the name of a pyro.param
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 _PATIENCE, _PATIENT_STEPS = 10, 500  # epochs, and the steps that they make at least
 MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -96,7 +97,7 @@ def fit(
     data: Data,
     *,
     objective: Any = None,
-    train: nn.Module | Sequence[nn.Module] | Sequence[Sequence[nn.Module]] | None = None,
+    train: Trained | Sequence[Trained] | Sequence[Sequence[Trained]] | None = None,
     optimizer: MakeOptimizer | None = None,
     scheduler: MakeScheduler | None = None,
     epochs: int = 100,
@@ -137,8 +138,8 @@ def fit(
             measure of fit, and ``state_dict()`` with ``load_state_dict()``, of tensors and plain values, which
             checkpoints then hold. With an argument ``epoch`` it is told the epoch, from 1 on (a weight of the KL
             that grows). A sequence: one for each group of ``train``.
-        train: the module or modules that learn; None: all that are found behind model and guide, and every
-            ``pyro.param`` that they meet. Groups,
+        train: the modules that learn, and names of ``pyro.param`` that do; None: all that are found behind model and
+            guide, and every ``pyro.param`` that they meet. Groups,
             as in ``[[vae], [energy]]``, take turns: with each minibatch each group makes a step while the others
             stand still, in ``eval()`` mode. The first group's objective validates.
         optimizer: makes a torch optimizer from the list of parameters; Adam with lr=1e-3 by default.

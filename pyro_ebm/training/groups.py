@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from pyro_ebm.errors import TrainingWarning, warn_user
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.run import Group
-from pyro_ebm.training.store import stored_parameters
+from pyro_ebm.training.store import StoreParameters, stored_parameters
 
 __all__ = ["modules_to_train", "objectives_of", "only_training", "with_losses"]
 
 
 def _takes_turns(train: Any) -> bool:
     """Whether the modules to train are in groups."""
-    return isinstance(train, Sequence) and any(isinstance(item, Sequence) for item in train)
+    nested = isinstance(train, Sequence) and not isinstance(train, str)
+    return nested and any(isinstance(item, Sequence) and not isinstance(item, str) for item in train)
 
 
 def objectives_of(
@@ -50,21 +52,46 @@ def modules_to_train(train: Any, found: list[nn.Module], params: list[str]) -> l
                 "pyro.param; name what shall learn with train=, for instance train=vae"
             )
         return [trained]
-    groups = list(train) if _takes_turns(train) else [[train] if isinstance(train, nn.Module) else train]
+    groups = list(train) if _takes_turns(train) else [[train] if isinstance(train, nn.Module | str) else train]
     for group in groups:
-        if not isinstance(group, Sequence) or not group or not all(isinstance(m, nn.Module) for m in group):
+        listed = isinstance(group, Sequence) and not isinstance(group, str)
+        if not listed or not group or not all(isinstance(m, nn.Module | str) for m in group):
             raise TypeError(
-                "train must be a torch.nn.Module or a sequence of them, or a sequence of such sequences that take "
-                f"turns, got {train!r}"
+                "train must be a torch.nn.Module, the name of a pyro.param, a sequence of them, or a sequence of such "
+                f"sequences that take turns, got {train!r}"
             )
-    for name, group in zip(_group_names(groups), groups, strict=True):
+    named: list[list[nn.Module]] = [
+        [_named_param(m, params) if isinstance(m, str) else m for m in group] for group in groups
+    ]
+    for name, group in zip(_group_names(named), named, strict=True):
         for index, module in enumerate(group):
             if not any(p.requires_grad for p in module.parameters()):
                 raise ValueError(
                     f"{name}[{index}] ({type(module).__name__}) has no parameters that can learn; "
                     "leave it out, or set requires_grad on its parameters"
                 )
-    return [list(group) for group in groups]
+    _tell_of_others([m for group in named for m in group], found, params)
+    return named
+
+
+def _named_param(name: str, params: list[str]) -> StoreParameters:
+    if name not in params:
+        raise ValueError(f"train names the pyro.param {name!r}, but model and guide have {params}")
+    return StoreParameters([name])
+
+
+def _tell_of_others(trained: list[nn.Module], found: list[nn.Module], params: list[str]) -> None:
+    """Warn of params that stand still where all modules learn: whoever froze nothing means nothing to stand still."""
+    learning = {id(p) for m in trained for p in m.parameters()}
+    known = [p for m in found for p in m.parameters()]
+    others = stored_parameters(params, [*known, *(p for m in trained for p in m.parameters())])
+    tilted = any(isinstance(getattr(m, "energies", None), dict) for m in found)
+    if others is not None and not tilted and all(id(p) in learning for p in known if p.requires_grad):
+        warn_user(
+            f"pyro.param that are not in train= stand still: {others.names} (train=[..., {others.names[0]!r}] lets one "
+            "learn, train=None all)",
+            TrainingWarning,
+        )
 
 
 def _group_names(groups: Sequence[Any]) -> list[str]:

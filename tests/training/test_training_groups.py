@@ -145,7 +145,7 @@ def test_a_resumed_run_in_turns_is_the_same_run(tmp_path, optimizer):
     ("change", "error", "match"),
     [
         (lambda m: {"train": [[m.a], m.b]}, TypeError, "or a sequence of such sequences that take turns, got"),
-        (lambda m: {"train": [[m.a], []]}, TypeError, "train must be a torch.nn.Module or a sequence of them"),
+        (lambda m: {"train": [[m.a], []]}, TypeError, "train must be a torch.nn.Module, the name of a pyro.param"),
         (lambda m: {"train": [[m.a], [nn.Dropout()]]}, ValueError, r"train\[1\]\[0\] \(Dropout\) has no parameters"),
         (lambda m: {"train": [[m.a], [nn.Linear(1, 1)]]}, ValueError, r"does not depend on train\[1\]\[0\] \(Linear\)"),
         (
