@@ -52,9 +52,9 @@ def _train(latent_dim: int, quick: bool) -> dict[str, np.ndarray]:
     reference = split.reference.images
     fit_tilt(
         tilt(vae.model, {"z": energy}, normalize=normalize), vae.guide, reference,
-        num_particles=max(32, 8_000 // len(reference)), epochs=2 if quick else 150, validation=None, seed=SEED,
+        num_particles=max(32, 8_000 // len(reference)), max_steps=2 if quick else 150, tolerance=None, folds=0,
         # 105 reference images let a fast fit in many dimensions run off to where the prior has no mass
-        learning_rate=5e-3 if latent_dim <= 8 else 1e-3, progress=False,
+        learning_rate=5e-3 if latent_dim <= 8 else 1e-3, seed=SEED, progress=False,
     )  # fmt: skip
     arrays = {f"energy.{name}": value.numpy() for name, value in energy.state_dict().items()}
     arrays |= {f"vae.{name}": value.numpy() for name, value in vae.state_dict().items()}

@@ -98,7 +98,7 @@ def _vae():
 def _fitted(x):
     vae, energy = _vae(), pyro_ebm.LinearEnergy([0.0])
     model = pyro_ebm.tilt(vae.model, {"z": energy})
-    pyro_ebm.fit_tilt(model, vae.guide, x, bound="elbo", epochs=1, seed=0, progress=False)
+    pyro_ebm.fit_tilt(model, vae.guide, x, bound="elbo", max_steps=1, tolerance=None, folds=0, seed=0, progress=False)
     return energy.a.detach()
 
 

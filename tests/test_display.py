@@ -161,7 +161,7 @@ def train_vae():
 def train_tilt():
     vae = VAE((2,), latent_dim=1, hidden=(2,))
     tilted = tilt(vae.model, {"z": MLPEnergy((1,), hidden=(2,))})
-    return fit_tilt(tilted, vae.guide, torch.rand(16, 2), epochs=1, validation=None, seed=0)
+    return fit_tilt(tilted, vae.guide, torch.rand(16, 2), max_steps=1, tolerance=None, folds=0, seed=0)
 
 
 def train_function():

@@ -120,9 +120,10 @@ def fit_energy(
         vae.guide,
         reference,
         num_particles=max(32, _POSTERIOR_POINTS // len(reference)),
-        epochs=max(schedule.tilt_epochs, schedule.tilt_steps // steps_per_epoch),
+        max_steps=max(schedule.tilt_epochs, schedule.tilt_steps // steps_per_epoch) * steps_per_epoch,
+        tolerance=None,  # the falling learning rate ends it: all methods get the same number of steps
         batch_size=_TILT_BATCH,
-        validation=None,  # the falling learning rate ends it; the noise of an epoch's loss would choose at random
+        folds=0,  # what was gained is measured on images of its own
         checkpoint=None if checkpoint is None else Checkpoint(checkpoint, resume="auto"),
         seed=seed,
         progress=progress,

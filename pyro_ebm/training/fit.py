@@ -54,12 +54,15 @@ class FitResult:
             without validation the last one.
         epochs: epochs finished, those before a resume included.
         stopped: ``"epochs"``, ``"early stopping"``, ``"callback"``, ``"interrupted"``, ``"non-finite loss"`` or
-            ``"degenerate weights"`` (log Z came to rest on one or two draws of its base).
+            ``"degenerate weights"`` (log Z came to rest on one or two draws of its base); of :func:`fit_tilt` also
+            ``"flat"``: the gain had stopped moving.
         seconds: wall-clock seconds, those before a resume included.
         seed: the seed used; pass it for the same run again.
         log_z: log Z of the tilt that :func:`fit_tilt` learned and its standard error; None elsewhere.
         kept_epoch: the epoch whose weights were kept; 0: the weights before training.
         metrics: name -> value at the end of each epoch, of the metrics of :class:`Validation`.
+        gain: what :func:`fit_tilt` gains per datum on data it has not seen, by cross-fitting, with its standard error;
+            None elsewhere, and without ``folds``.
     """
 
     train_loss: list[float] = field(repr=False)
@@ -72,6 +75,7 @@ class FitResult:
     log_z: Estimate | None = None
     kept_epoch: int = 0
     metrics: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    gain: Estimate | None = None
 
     def _repr_html_(self) -> str:
         rows = [["training", *_shown_losses(self.train_loss, self.kept_epoch)]]
@@ -81,6 +85,8 @@ class FitResult:
         facts = [f"{self.epochs:,} epochs", f"stopped: {self.stopped}", seconds, f"seed {self.seed}"]
         if self.log_z is not None:
             facts.append(f"log Z {float(self.log_z.value):.3f} ± {float(self.log_z.se):.2g}")
+        if self.gain is not None:
+            facts.append(f"gain on data not seen {float(self.gain.value):.3f} ± {float(self.gain.se):.2g} per datum")
         kept = f"the weights kept are those of epoch {self.kept_epoch:,}" if self.kept_epoch else "no epoch was better"
         return table("FitResult", facts, ["loss per datum", "first", "kept", "last"], rows, [kept])
 

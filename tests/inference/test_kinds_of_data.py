@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyro_ebm import LinearEnergy, fit, log_likelihood, posterior_draws, snis_log_likelihood, tilt
+from pyro_ebm import LinearEnergy, fit, fit_tilt, log_likelihood, posterior_draws, snis_log_likelihood, tilt
 
 W = torch.tensor([[1.0, 0.5, -0.3], [0.2, -0.8, 0.6]])
 N, BATCH = 12, 5
@@ -98,7 +98,19 @@ def of_fit(pair, given):
     return torch.tensor(result.train_loss)
 
 
-ENTRY_POINTS = [of_log_likelihood, of_posterior_draws, of_snis, of_fit]
+def of_fit_tilt(pair, given, bound="exact"):
+    energy = LinearEnergy([0.0, 0.0])
+    tilted = tilt(pair.model, {"z": energy})
+    options = {"max_steps": 3, "tolerance": None, "num_particles": 4, "seed": 0, "progress": False}
+    result = fit_tilt(tilted, pair.guide, given, bound=bound, folds=2 if bound == "exact" else 0, **options)
+    return torch.cat([energy.a.detach(), torch.tensor(result.train_loss)])
+
+
+def of_fit_tilt_by_the_elbo(pair, given):
+    return of_fit_tilt(pair, given, "elbo")
+
+
+ENTRY_POINTS = [of_log_likelihood, of_posterior_draws, of_snis, of_fit, of_fit_tilt, of_fit_tilt_by_the_elbo]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -58,8 +58,9 @@ def log_prob(x, loc=0.0, variance=1.0):
 
 
 def fitted(energy, x, **options):
-    settings = {"seed": 0, "progress": False, "validation": None, "epochs": 30, "learning_rate": 0.05}
-    return fit_tilt(tilt(model, {"z": energy}, normalize=QMC), guide, x, **{**settings, **options})
+    settings = {"seed": 0, "progress": False, "folds": 0, "tolerance": None, "learning_rate": 0.05}
+    steps = options.pop("epochs", 30) * -(-len(x) // 128)
+    return fit_tilt(tilt(model, {"z": energy}, normalize=QMC), guide, x, max_steps=steps, **{**settings, **options})
 
 
 def weights(module):
@@ -106,9 +107,7 @@ def test_a_network_finds_the_tilted_prior_s_mean():
     torch.manual_seed(0)
     true, energy = torch.tensor([0.8, -0.6]), MLPEnergy(2, hidden=(16,))
     x = data(600, loc=(0.8, -0.6))
-    result = fitted(energy, x, validation=0.2, learning_rate=0.02)
-    assert len(result.validation_loss) == 30
-    assert result.best_epoch == 1 + min(range(30), key=result.validation_loss.__getitem__) <= result.kept_epoch
+    fitted(energy, x, learning_rate=0.02)
     z = torch.randn(50_000, 2)
     mean = (-energy(z)).softmax(0).detach() @ z
     se = torch.linalg.inv(480 * (torch.eye(2) - SPREAD)).diagonal().sqrt()
@@ -130,8 +129,10 @@ def small_vae():
 
 def vae_fit(vae, energy, **options):
     x = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
-    settings = {"epochs": 4, "num_particles": 4, "batch_size": 16, "seed": 0, "progress": False}
-    return fit_tilt(tilt(vae.model, {"z": energy}), vae.guide, x, **{**settings, **options})
+    settings = {"num_particles": 4, "batch_size": 16, "seed": 0, "folds": 0, "tolerance": None, "progress": False}
+    settings |= options
+    steps = settings.pop("epochs", 4) * -(-50 // settings["batch_size"])
+    return fit_tilt(tilt(vae.model, {"z": energy}), vae.guide, x, max_steps=steps, **settings)
 
 
 def test_the_base_is_left_bit_identical():
@@ -154,7 +155,7 @@ def test_encoder_and_decoder_run_before_training_only(monkeypatch):
     loss = TiltLikelihood.__call__
     monkeypatch.setattr(TiltLikelihood, "__call__", lambda *args: steps.append(1) or loss(*args))
     vae_fit(vae, MLPEnergy(2, hidden=(4,)))
-    assert len(steps) > 4 * 3 and calls and set(calls) == {0}
+    assert len(steps) == 4 * 4 and calls and set(calls) == {0}
 
 
 def test_the_learning_rate_falls_to_zero_along_a_cosine(monkeypatch):
@@ -219,7 +220,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
 
 def refused(target, match, error=ValueError, use=guide, x=None):
     with pytest.raises(error, match=match):
-        fit_tilt(target, use, data(8) if x is None else x, epochs=1, num_particles=2, progress=False)
+        fit_tilt(target, use, data(8) if x is None else x, max_steps=1, num_particles=2, progress=False)
 
 
 def test_targets_it_is_not_for():
@@ -282,7 +283,7 @@ def wide_guide(x):
 @pytest.mark.parametrize("proposal, chosen", [(guide, "exact"), (wide_guide, "elbo")])
 def test_auto_takes_the_elbo_where_weights_rest_on_few_draws(proposal, chosen):
     x, found = data(250, loc=(0.8, -0.6)), {}
-    options = {"epochs": 2, "seed": 0, "progress": False, "validation": None}
+    options = {"max_steps": 4, "seed": 0, "progress": False, "folds": 0, "tolerance": None}
     for bound in ("auto", "exact", "elbo"):
         energy = LinearEnergy([0.0, 0.0])
         fit_tilt(tilt(model, {"z": energy}, normalize=QMC), proposal, x, bound=bound, **options)
@@ -294,7 +295,8 @@ def test_auto_takes_the_elbo_in_many_dimensions():
     vae, x, found = VAE((4,), latent_dim=5, hidden=(8,)), torch.rand(40, 4), {}
     for bound in ("auto", "elbo"):
         energy = LinearEnergy(torch.zeros(5))
-        fit_tilt(tilt(vae.model, {"z": energy}), vae.guide, x, bound=bound, epochs=2, seed=0, progress=False)
+        options = {"max_steps": 2, "tolerance": None, "folds": 0, "seed": 0, "progress": False}
+        fit_tilt(tilt(vae.model, {"z": energy}), vae.guide, x, bound=bound, **options)
         found[bound] = energy.a.detach()
     assert torch.equal(found["auto"], found["elbo"])
 
@@ -312,8 +314,8 @@ def test_running_control_makes_up_for_few_draws(bound):
                                      ("control", Normalizer(num_samples=16), 0.9)):  # fmt: skip
         energy = LinearEnergy([0.0, 0.0])
         fit_tilt(
-            tilt(model, {"z": energy}, normalize=normalize), guide, x, bound=bound, control=control, epochs=60,
-            batch_size=100, learning_rate=0.05, validation=None, seed=0, progress=False,
+            tilt(model, {"z": energy}, normalize=normalize), guide, x, bound=bound, control=control, max_steps=240,
+            batch_size=100, learning_rate=0.05, tolerance=None, folds=0, seed=0, progress=False,
         )  # fmt: skip
         found[name] = energy.a.detach()
     few, controlled = ((found[name] - found["many"]).norm() for name in ("few", "control"))
@@ -332,3 +334,93 @@ def test_log_z_of_the_fitted_tilt_comes_with_the_result(bound):
     other = log_normalizer(vae.prior, energy, method="qmc", seed=1)
     assert abs(float(result.log_z.value - other.value)) < 4 * float((expected.se**2 + other.se**2).sqrt())
     tilt(vae.model, {"z": energy}, normalize=float(result.log_z.value))
+
+
+# How many steps, and what was gained
+
+
+def maximum_likelihood(x):
+    return torch.linalg.solve(torch.eye(2) - SPREAD, (x @ GAIN).mean(0))
+
+
+def true_gain(a, loc):
+    x = data(50_000, loc=loc)
+    return float((log_prob(x, a) - log_prob(x)).mean())
+
+
+@pytest.mark.parametrize("bound", ["exact", pytest.param("elbo", marks=pytest.mark.slow)])
+def test_by_default_few_data_get_as_many_steps_as_they_need(bound):
+    """A hundred data make a step an epoch: epochs once ended the run a quarter of the way."""
+    x, energy = data(100, loc=(1.0, -0.5)), LinearEnergy([0.0, 0.0])
+    result = fit_tilt(
+        tilt(model, {"z": energy}, normalize=QMC), guide, x, bound=bound, folds=3, seed=0, progress=False
+    )
+    expected = maximum_likelihood(x) if bound == "exact" else (x @ GAIN).mean(0)
+    se = torch.linalg.inv(100 * (torch.eye(2) - SPREAD)).diagonal().sqrt()
+    assert ((energy.a.detach() - expected).abs() < 0.7 * se).all()
+    assert result.stopped in ("flat", "epochs") and 200 <= result.epochs < 2000
+    # The gain is that on other data, within its error, and that error is one over the data.
+    assert result.gain is not None and 0.03 < float(result.gain.se) < 0.25
+    if bound == "exact":
+        assert abs(float(result.gain.value) - true_gain(energy.a.detach(), (1.0, -0.5))) < 3 * float(result.gain.se)
+    assert f"gain on data not seen {float(result.gain.value):.3f}" in result._repr_html_()
+
+
+def test_too_few_steps_are_told():
+    with pytest.warns(TrainingWarning, match="the gain was still growing by .* nats per datum .* max_steps=60 came to"):
+        result = fitted(LinearEnergy([0.0, 0.0]), data(100, loc=(1.0, -0.5)), tolerance=0.1, epochs=60,
+                        learning_rate=5e-3)  # fmt: skip
+    assert result.stopped == "epochs" and result.epochs == 60 and result.gain is None
+
+
+def test_a_network_that_learns_by_heart_is_stopped_or_told():
+    """Of 40 data from the base itself there is nothing to learn: what training gains, other data lose."""
+    torch.manual_seed(0)
+    x, energy = data(40), MLPEnergy(2, hidden=(64, 64))
+    result = fit_tilt(
+        tilt(model, {"z": energy}, normalize=QMC), guide, x, learning_rate=0.02, max_steps=400, folds=2, seed=0,
+        progress=False,
+    )  # fmt: skip
+    assert result.epochs < 150  # of 400: cross-fitting saw that the first were the best
+    assert result.gain is not None and abs(float(result.gain.value)) < 0.1 + 3 * float(result.gain.se)
+
+
+def test_a_gain_below_nothing_is_told():
+    with pytest.warns(TrainingWarning, match="on data it has not seen the tilt gains -.* it learns the reference data"):
+        fitted(LinearEnergy([1.0, -1.0]), data(60), learning_rate=1e-6, epochs=3, folds=2)
+
+
+def test_cross_fitting_leaves_the_last_fit_alone():
+    """Its fits start from the weights that were given, and the last one does too."""
+    x, energies = data(60, loc=(1.0, -0.5)), [LinearEnergy([0.1, 0.2]) for _ in range(2)]
+    for energy, folds in zip(energies, (0, 3), strict=True):
+        fitted(energy, x, folds=folds, epochs=10)
+    assert torch.equal(energies[0].a, energies[1].a)
+
+
+def test_a_single_datum_has_no_parts():
+    assert fitted(LinearEnergy([0.0, 0.0]), data(1), folds=5, epochs=2).gain is None
+
+
+def test_a_finished_run_goes_no_further(tmp_path):
+    x, results = data(100, loc=(1.0, -0.5)), []
+    for _ in range(2):
+        energy = LinearEnergy([0.0, 0.0])
+        checkpoint = Checkpoint(tmp_path / "tilt.pt", every=1000, resume="auto")
+        results.append(fitted(energy, x, tolerance=0.5, epochs=2000, checkpoint=checkpoint))
+    assert results[0].stopped == "flat" and results[1].train_loss == results[0].train_loss
+
+
+def test_energies_without_parameters_in_sight_are_refused():
+    net = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="the energy of 'z' shows no parameters that can learn: give tilt"):
+        fitted(lambda z: net(z).squeeze(-1), data(10))
+
+
+@pytest.mark.parametrize("options, match", [
+    ({"max_steps": 0}, "max_steps must be"), ({"folds": -1}, "folds must be"), ({"tolerance": -1.0}, "tolerance must"),
+])  # fmt: skip
+def test_numbers_out_of_range_are_named(options, match):
+    target = tilt(model, {"z": LinearEnergy([0.0, 0.0])})
+    with pytest.raises(ValueError, match=match):
+        fit_tilt(target, guide, data(10), **options)
