@@ -11,7 +11,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "errors": ["CheckpointError", "InfeasibleError", "InferenceError", "InferenceWarning", "TrainingWarning"],
+    "errors": [
+        "CheckpointError",
+        "ImproperError",
+        "InfeasibleError",
+        "InferenceError",
+        "InferenceWarning",
+        "InputError",
+        "TrainingWarning",
+    ],
     "energies": [
         "ConvEnergy",
         "Energy",

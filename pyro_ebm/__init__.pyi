@@ -55,9 +55,11 @@ from pyro_ebm.energies import (
 )
 from pyro_ebm.errors import (
     CheckpointError,
+    ImproperError,
     InfeasibleError,
     InferenceError,
     InferenceWarning,
+    InputError,
     TrainingWarning,
 )
 from pyro_ebm.estimates import (
@@ -248,9 +250,11 @@ __all__ = [
     "GaussianMixture2D",
     "HMC",
     "ImageSet",
+    "ImproperError",
     "InfeasibleError",
     "InferenceError",
     "InferenceWarning",
+    "InputError",
     "LabelClassifier",
     "LinearEnergy",
     "LogDensity",

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 __all__ = [
     "CheckpointError",
+    "ImproperError",
     "InfeasibleError",
     "InferenceError",
     "InferenceWarning",
+    "InputError",
     "TrainingWarning",
     "interruption_told",
     "report",
@@ -27,8 +29,16 @@ class InferenceError(RuntimeError):
     """What ``strict=True`` raises where an :class:`InferenceWarning` would be given."""
 
 
+class ImproperError(InferenceError):
+    """A target that seems to have no finite Z: an energy unbounded below, which no sampler can follow."""
+
+
 class InfeasibleError(ValueError):
     """Means that no tilt of the base has: an answer about the target, not a fault of the call."""
+
+
+class InputError(ValueError):
+    """A model, guide or data that are at fault whatever the method: ``sample(method="auto")`` tries no other one."""
 
 
 class TrainingWarning(UserWarning):

@@ -6,14 +6,15 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.deadline import OutOfTime, finishing, limited, time_left
 from pyro_ebm.devices import synchronize
-from pyro_ebm.errors import InferenceError, InferenceWarning
+from pyro_ebm.errors import ImproperError, InferenceError, InferenceWarning, InputError, report, warn_user
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.annealing.smc import SMC
 from pyro_ebm.inference.annealing.tempering import Annealing
@@ -24,7 +25,7 @@ from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.hmc import ChEES
 from pyro_ebm.inference.until import Target, importance_until, judged, reported, run_until
 from pyro_ebm.randomness import fingerprint, random_seed
-from pyro_ebm.structure import check_no_subsampling, prototype_trace, untilted
+from pyro_ebm.structure import DoesNotBroadcast, check_no_subsampling, prototype_trace, untilted
 from pyro_ebm.thresholds import MIN_STARTS
 
 __all__ = ["auto"]
@@ -57,64 +58,159 @@ def auto(
 ) -> Draws:
     """Importance sampling if its Pareto k is below 0.5 and it reaches the ESS; else SMC, whose particles start ChEES.
 
-    ``notes["auto"]`` lists what was tried and why it was kept or not. A model with discrete latent sites, or
-    one that neither an outer plate nor vmap serves, goes to Pyro's NUTS. Importance sampling may take a quarter of the
-    time allowed, SMC about half of what is left; the warm-up of chains is not cut short, and NUTS not at all.
+    ``notes["auto"]`` lists what was tried and why it was kept or not. A model that neither an outer plate nor vmap
+    serves goes to Pyro's NUTS, with a warning. Importance sampling may take a quarter of the time allowed, SMC about
+    half of what is left, the warm-up of chains two thirds of the rest. A method that fails is noted, and the next one
+    tried; what is wrong with the model, its guide or its data (:class:`InputError`) is raised at once.
     """
     check_no_subsampling(prototype_trace(untilted(model), args, kwargs))
-    steps: list[str] = []
-    seed = random_seed(seed, None)
-    if independent is None:
-        share = replace(target, max_seconds=target.max_seconds / 4, max_k=_MAX_K)
-        if target.max_draws is not None:
-            share = replace(share, max_draws=target.max_draws * (num_chains or _CHAINS))
-        options: dict[str, Any] = {"seed": seed, "began": began, "vectorize": vectorize}
-        draws = _try_importance(steps, model, guide, share, args, kwargs, **options)
-        if draws is not None:
-            return _with_steps(draws, steps)
-    else:
-        steps.append(f"snis: not tried (one set of weights cannot serve all of independent={independent!r})")
-    try:
-        density = LogDensity.from_model(model, *args, independent=independent, vectorize=vectorize, model_kwargs=kwargs)
-    except ValueError as error:
-        if independent is not None or vectorize != "auto":
+    call = _Call(model, guide, args, kwargs, target, random_seed(seed, None), began, progress, strict)
+    with limited(target.max_seconds, began=began):
+        weighted = None
+        if independent is None:
+            weighted, kept = call.try_importance(vectorize, num_chains)
+            if kept and weighted is not None:
+                return call.told(weighted)
+        else:
+            call.steps.append(f"snis: not tried (one set of weights cannot serve all of independent={independent!r})")
+        options: dict[str, Any] = {"independent": independent, "vectorize": vectorize, "model_kwargs": kwargs}
+        try:
+            density = LogDensity.from_model(model, *args, **options)
+        except DoesNotBroadcast as error:
+            if independent is not None or vectorize != "auto":
+                raise
+            return call.one_by_one(f"batched chains: not possible ({error})", num_chains)
+        except InputError:
             raise
-        steps.append(f"batched chains: not possible ({error}); Pyro's NUTS instead, whatever time it takes")
+        except ValueError as error:
+            if weighted is None:
+                raise
+            return call.judged_weights(weighted, f"chains: not possible ({error})")
+        try:
+            return call.batched(density, num_chains, compile=compile, one_by_one=independent is None)
+        except OutOfTime as stop:
+            if weighted is None:
+                raise
+            with finishing():
+                return call.judged_weights(weighted, f"chains: no time left for draws ({stop or 'before the warm-up'})")
+
+
+@dataclass
+class _Call:
+    """One call of :func:`auto`, and the steps so far."""
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Target
+    seed: int
+    began: float
+    progress: bool
+    strict: bool
+    steps: list[str] = field(default_factory=list)
+
+    def told(self, draws: Draws) -> Draws:
+        """The draws with the steps that led to them."""
+        return replace(draws, notes={**draws.notes, "auto": self.steps})
+
+    def try_importance(self, vectorize: str, num_chains: int | None) -> tuple[Draws | None, bool]:
+        """Weighted draws, and whether they are good enough."""
+        share = replace(self.target, max_seconds=self.target.max_seconds / 4, max_k=_MAX_K)
+        if share.max_draws is not None:
+            share = replace(share, max_draws=share.max_draws * (num_chains or _CHAINS))
+        options: dict[str, Any] = {"seed": self.seed, "began": self.began, "vectorize": vectorize}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InferenceWarning)  # judged here
+            try:
+                draws = importance_until(self.model, self.guide, share, self.args, self.kwargs, **options)
+            except InputError:
+                raise
+            except Exception as error:  # whatever it is, another method may do
+                self.steps.append(f"snis: not possible ({_in_short(error)})")
+                return None, False
+        k, ess, stopped = draws.pareto_k, draws.notes["ess"], draws.notes["stopped"]
+        found = f"snis: Pareto k {k:.2f}, ESS {ess:.0f} of {draws.num_draws} draws"
+        if stopped == "target" and k is not None and k < _MAX_K:
+            self.steps.append(f"{found}: kept (k < {_MAX_K}, ESS >= {share.ess:g})")
+            return draws, True
+        if stopped == "interrupted":
+            self.steps.append(f"{found}: interrupted")
+            warn_user(f"snis: interrupted after {draws.num_draws} draws, of Pareto k {k:.2f} and an ESS of {ess:.0f}")
+            return draws, True
+        reason = f"k >= {_MAX_K}" if k is None or not k < _MAX_K else f"ESS < {share.ess:g}"
+        self.steps.append(f"{found}: not kept ({reason})")
+        return draws, False
+
+    def judged_weights(self, draws: Draws, reason: str) -> Draws:
+        """Weighted draws where no other method gave any, with what is wrong with them."""
+        self.steps.append(f"{reason}; the weighted draws are all there is")
+        k, ess = draws.pareto_k, draws.notes["ess"]
+        found = f"Pareto k {k:.2f}, ESS {ess:.0f} of {draws.num_draws} (asked for {self.target.ess:g})"
+        report(f"auto: {reason}; importance sampling alone gave draws: {found}; a guide helps", strict=self.strict)
+        return self.told(draws)
+
+    def one_by_one(self, reason: str, num_chains: int | None) -> Draws:
+        """Pyro's NUTS."""
+        self.steps.append(f"{reason}; Pyro's NUTS instead")
+        warn_user(
+            f"auto: {reason}; Pyro's NUTS draws one chain after another instead, which is slow, in what is left of "
+            f"max_seconds={self.target.max_seconds:g}"
+        )
         draws = pyro_nuts(
-            model, *args, guide=guide, seed=seed, progress=progress, strict=strict, model_kwargs=kwargs,
-            num_samples=target.max_draws or 1000, num_chains=num_chains or 4,
+            self.model, *self.args, guide=self.guide, seed=self.seed, progress=self.progress, strict=self.strict,
+            model_kwargs=self.kwargs, num_samples=self.target.max_draws or 1000, num_chains=num_chains or 4,
         )  # fmt: skip
-        draws = replace(draws, notes={**draws.notes, **judged(draws.values, target)})
-        steps.append(_chains_text(draws))
-        return reported(_with_steps(draws, steps), target, strict=strict)
-    targets = density.batch.numel()
-    chains = max(min(_CHAINS, _POINTS // targets), _LEAST_CHAINS) if num_chains is None else num_chains
-    left = max(target.max_seconds - (time.perf_counter() - began), 0.0)
-    smc = _smc(steps, density, guide, chains, left / 2, seed=seed, progress=progress, compile=compile)
-    mcmc = MCMC(
-        ChEES(density),
-        num_samples=target.max_draws or 1000,
-        warmup_steps=_WARMUP,
-        initial_params=smc.points,
-        num_chains=chains,
-        guide=guide,
-        seed=seed,
-        compile=compile,
-        progress=progress,
-        strict=strict,
-    )
-    draws = run_until(mcmc, target, (), {}, began=began)
-    steps.append(_chains_text(draws))
-    return replace(
-        _with_steps(draws, steps),
-        log_z=smc.log_z,
-        num_gradients=(draws.num_gradients or 0) + smc.num_gradients,
-        seconds=time.perf_counter() - began,
-    )
+        ended = {} if draws.notes["stopped"] == "num_samples" else {"stopped": draws.notes["stopped"]}
+        draws = replace(draws, notes={**draws.notes, **judged(draws.values, self.target), **ended})
+        self.steps.append(_chains_text(draws))
+        return reported(self.told(draws), self.target, strict=self.strict)
+
+    def batched(self, density: LogDensity, num_chains: int | None, *, compile: bool, one_by_one: bool) -> Draws:
+        """SMC, and chains that start at its particles."""
+        targets = density.batch.numel()
+        chains = max(min(_CHAINS, _POINTS // targets), _LEAST_CHAINS) if num_chains is None else num_chains
+        smc = _smc(
+            self.steps, density, self.guide, chains, time_left() / 2,
+            seed=self.seed, progress=self.progress, compile=compile,
+        )  # fmt: skip
+        if smc.improper:
+            warn_user(f"auto: {self.steps[-1]}; chains, which cannot tell, are tried")
+        if smc.interrupted is not None:
+            warn_user("smc: interrupted; its particles, weighted to the target in one step, are returned")
+            return self.told(smc.interrupted)
+        try:
+            mcmc = MCMC(
+                ChEES(density),
+                num_samples=self.target.max_draws or 1000,
+                warmup_steps=_WARMUP,
+                initial_params=smc.points,
+                num_chains=chains,
+                guide=self.guide,
+                seed=self.seed,
+                compile=compile,
+                progress=self.progress,
+                strict=self.strict,
+            )
+            draws = run_until(mcmc, self.target, (), {}, began=self.began)
+        except (InferenceError, ValueError, TypeError) as error:  # about the model, or what strict= asks for
+            error.add_note(f"auto: {'; '.join(self.steps)}")
+            raise
+        except Exception as error:  # whatever it is, Pyro's own kernel may do
+            if not one_by_one or compile:
+                raise
+            return self.one_by_one(f"chees: failed ({_in_short(error)})", num_chains)
+        self.steps.append(_chains_text(draws))
+        return replace(
+            self.told(draws),
+            log_z=smc.log_z,
+            num_gradients=(draws.num_gradients or 0) + smc.num_gradients,
+            seconds=time.perf_counter() - self.began,
+        )
 
 
-def _with_steps(draws: Draws, steps: list[str]) -> Draws:
-    return replace(draws, notes={**draws.notes, "auto": steps})
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _chains_text(draws: Draws) -> str:
@@ -127,38 +223,14 @@ def _chains_text(draws: Draws) -> str:
     )
 
 
-def _try_importance(
-    steps: list[str],
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
-    target: Target,
-    args: Any,
-    kwargs: Any,
-    **options: Any,
-) -> Draws | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InferenceWarning)  # judged here
-        try:
-            draws = importance_until(model, guide, target, args, kwargs, **options)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            steps.append(f"snis: not possible ({type(error).__name__}: {str(error).splitlines()[0]})")
-            return None
-    k, ess = draws.pareto_k, draws.notes["ess"]
-    found = f"snis: Pareto k {k:.2f}, ESS {ess:.0f} of {draws.num_draws} draws"
-    if draws.notes["stopped"] == "target" and k is not None and k < _MAX_K:
-        steps.append(f"{found}: kept (k < {_MAX_K}, ESS >= {target.ess:g})")
-        return draws
-    reason = f"k >= {_MAX_K}" if k is None or not k < _MAX_K else f"ESS < {target.ess:g}"
-    steps.append(f"{found}: not kept ({reason})")
-    return None
-
-
 class _Smc(NamedTuple):
-    """Starting points for the chains; None where SMC failed or was left out."""
+    """Starting points for the chains; None where SMC failed or was left out; its own draws after Ctrl-C."""
 
     points: Tensor | None = None
     log_z: Estimate | None = None
     num_gradients: int = 0
+    interrupted: Draws | None = None
+    improper: bool = False
 
 
 def _smc(
@@ -178,10 +250,22 @@ def _smc(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InferenceWarning)  # told in the steps, judged by the chains that start there
         try:
-            draws = smc.run()
-        except InferenceError as error:
+            with limited(seconds):
+                draws = smc.run()
+        except InputError:
+            raise
+        except ImproperError as error:
             steps.append(f"smc: failed ({error})")
+            return _Smc(improper=True)
+        except Exception as error:  # chains start elsewhere then
+            steps.append(f"smc: failed ({error if isinstance(error, InferenceError) else _in_short(error)})")
             return _Smc()
+    if draws.notes["interrupted"]:
+        steps.append("smc: interrupted")
+        return _Smc(interrupted=draws)
+    if draws.notes.get("jump_ess", 1.0) * particles * _ISLANDS < num_chains:
+        steps.append(f"smc: no time left ({caught[-1].message})")
+        return _Smc(num_gradients=draws.num_gradients or 0)
     ladder = len(draws.notes["acceptance_per_temperature"])
     found = f"smc: {_ISLANDS} islands of {particles} particles, {ladder} temperatures{_log_z_text(draws)}"
     doubts = [str(each.message).removeprefix("smc: ") for each in caught if each.category is InferenceWarning]

@@ -13,11 +13,12 @@ from torch import Tensor
 from pyro_ebm.arrays import as_tensors
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import limited
 from pyro_ebm.display import describe_log_likelihood, log_likelihood_as_html
 from pyro_ebm.errors import interruption_told, report, warn_user
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.draws import Draws, Source
-from pyro_ebm.inference.importance_sampler import ImportanceSampler
+from pyro_ebm.inference.importance_sampler import CHUNK, ImportanceSampler, drawn_in_time
 from pyro_ebm.keywords import passes_keywords, sorted_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import random_stream
@@ -29,7 +30,6 @@ __all__ = ["LogLikelihood", "importance", "log_likelihood", "posterior_draws", "
 
 Data = Any  # a tensor, an array, a table; several in a tuple or a dict; a Dataset, a DataLoader
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-_CHUNK = 4096
 _FEWEST_PER_DATUM = 10.0  # effective draws: a value that is uncertain by a third of a nat
 _NO_GUIDE = (
     "log_likelihood(model, guide, x) proposes the latent sites of each datum from a guide, got {} for guide. Without "
@@ -73,6 +73,7 @@ def importance(
     guide: Callable[..., Any] | None = None,
     *args: Any,
     num_samples: int = 10_000,
+    max_seconds: float | None = None,
     seed: int | None = None,
     strict: bool = False,
     vectorize: str = "auto",
@@ -89,6 +90,7 @@ def importance(
         guide: proposes every latent site; ``None`` proposes from the model's own (untilted) prior.
         *args: arguments of model and guide.
         num_samples: draws.
+        max_seconds: when so much time is spent, return the draws so far, with a warning; ``None``: no limit.
         seed: a number for the same draws twice; ``None`` uses the global generator.
         strict: raise instead of warn when the weights cannot be trusted.
         vectorize: how model and guide are run for many draws: ``"plate"`` (an outer plate), ``"vmap"``, ``"loop"``,
@@ -97,8 +99,9 @@ def importance(
         **kwargs: the same, where no option has their name.
 
     Returns:
-        One chain of ``num_samples`` draws with normalized ``log_weights``, ``log_z`` with its standard
-        error, ``pareto_k`` and ``notes["ess"]``. Trust the weights up to k = 0.7 (less with few draws: 0.5 with 100).
+        One chain of ``num_samples`` draws (fewer after Ctrl-C or ``max_seconds``, with a warning) with normalized
+        ``log_weights``, ``log_z`` with its standard error, ``pareto_k`` and ``notes["ess"]``. Trust the weights up to
+        k = 0.7 (less with few draws: 0.5 with 100).
 
     Raises:
         DoesNotBroadcast: where the one way asked for does not serve the model.
@@ -108,10 +111,11 @@ def importance(
     Reference:
         Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto Smoothed Importance Sampling.
     """
-    draws, problem = weighed(
-        model, guide, args, dict(model_kwargs or {}), num_samples=num_samples, seed=seed, vectorize=vectorize
-    )
-    report(problem, strict=strict)
+    options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "vectorize": vectorize}
+    with limited(max_seconds):
+        draws, problem = weighed(model, guide, args, dict(model_kwargs or {}), **options)
+    # An early end alone is no reason to throw the draws away.
+    report("; ".join(filter(None, [_early_text(draws, num_samples), problem])), strict=strict and problem is not None)
     return draws
 
 
@@ -128,11 +132,11 @@ def weighed(
     """What :func:`importance` returns, and what it warns of: for those who go on where the weights will not do."""
     whole_number("num_samples", num_samples, at_least=2)
     start = time.perf_counter()
-    told = interruption_told("interrupted before all draws were made and weighed: there are no draws yet")
-    with random_stream(seed), torch.no_grad(), told:
+    told = interruption_told("interrupted before any draws were made and weighed: there are no draws yet")
+    with told, random_stream(seed), torch.no_grad():
         sampler = ImportanceSampler(model, guide, args, kwargs, vectorize=vectorize)
         sampler.choose_ways()
-        chunks = [sampler.draw(min(_CHUNK, num_samples - k)) for k in range(0, num_samples, _CHUNK)]
+        chunks, stopped = drawn_in_time(sampler, num_samples)
     log_weights = torch.cat([chunk[0] for chunk in chunks])
     values = {site: torch.cat([chunk[1][site] for chunk in chunks])[None] for site in chunks[0][1]}
     log_z = importance_estimate(log_weights)
@@ -153,11 +157,20 @@ def weighed(
         notes={
             "ess": float(importance_ess(normalized)),
             "proposal": "prior" if guide is None else "guide",
-            "num_samples": num_samples,
+            "num_samples": len(log_weights),
             "vectorize": sampler.way,
+            "interrupted": stopped == "interrupted",
+            **({} if stopped is None else {"stopped": stopped}),
         },
     )
     return draws, problem
+
+
+def _early_text(draws: Draws, num_samples: int) -> str | None:
+    if "stopped" not in draws.notes:
+        return None
+    why = "interrupted" if draws.notes["interrupted"] else "stopped by the limit of time"
+    return f"snis: {why} after {draws.num_draws} of {num_samples} draws"
 
 
 def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
@@ -361,7 +374,7 @@ def _data_draws(
         first = first or sampler
         values: dict[str, list[Tensor]] = {site: [] for site in sampler.sites}
         weights = []
-        chunk = max(_CHUNK * 4 // num, 1)
+        chunk = max(CHUNK * 4 // num, 1)
         for start in range(0, num_samples, chunk):
             size = min(chunk, num_samples - start)
             log_weights, drawn, _ = sampler.draw(size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_ebm.deadline import STOPS, check_time, stopped_by, time_left
 from pyro_ebm.inference.density.guides import check_proposes
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
@@ -32,9 +35,12 @@ from pyro_ebm.structure import (
     within_support,
 )
 
-__all__ = ["ImportanceSampler"]
+__all__ = ["CHUNK", "ImportanceSampler", "drawn_in_time"]
 
+CHUNK = 4096  # draws at once
 _FEW = 8  # draws on which the ways to run model and guide are tried
+_LOOPS = (4, 64)  # the first chunk, and the largest, where draws are made one after another: a chunk cut off is lost
+_TIMED, _SHARE = 16, 0.5  # draws to tell how long they take; share of the time left that a chunk may take
 
 
 class ImportanceSampler:
@@ -134,3 +140,41 @@ class ImportanceSampler:
             proposed = self.proposal.run(num=num_samples, measure=self._drawn)
             joint = self.joint.run(proposed.values, measure=self._counted).total
         return joint - proposed.total, proposed.values, joint
+
+
+_Chunk = tuple[Tensor, dict[str, Tensor], Tensor]
+
+
+def drawn_in_time(sampler: ImportanceSampler, num_samples: int) -> tuple[list[_Chunk], str | None]:
+    """Draws in pieces, and what ended them early; a piece is at most as large as time allows.
+
+    Raises:
+        KeyboardInterrupt: before there were two draws.
+        OutOfTime: likewise.
+    """
+    chunks: list[_Chunk] = []
+    size, most = _LOOPS if sampler.way == "loop" else (CHUNK, CHUNK)
+    done, pace = 0, 0.0 if sampler.way == "loop" or time_left() == math.inf else _pace(sampler)
+    try:
+        while done < num_samples:
+            fitting = time_left() / pace if pace > 0 else math.inf
+            size = int(min(size, num_samples - done, max(_SHARE * fitting, 1)))
+            began = time.perf_counter()
+            chunks.append(sampler.draw(size))
+            pace = (time.perf_counter() - began) / size
+            done, size = done + size, min(2 * size, most)
+            if done < num_samples:
+                check_time()
+    except STOPS as stop:
+        if done < 2:
+            raise
+        return chunks, stopped_by(stop)
+    return chunks, None
+
+
+def _pace(sampler: ImportanceSampler) -> float:
+    """Seconds a draw takes, from few that are thrown away: a seed gives the same draws with and without a limit."""
+    began = time.perf_counter()
+    with forked_rng(0):
+        sampler.draw(_TIMED)
+    return (time.perf_counter() - began) / _TIMED

@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributions import Distribution
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import check_seconds
 from pyro_ebm.inference.annealing.smc import SMC
 from pyro_ebm.inference.annealing.tempering import Annealing
 from pyro_ebm.inference.auto import auto
@@ -85,8 +86,8 @@ def sample(
         ess: sample until every component of every site has this bulk ESS and an R-hat below 1.01 (importance
             sampling: until the weights are worth so many draws), or a limit is spent;
             ``notes["stopped"]`` says which. Not for nuts, hmc and smc. For ``"auto"`` 1,000 by default.
-        max_seconds: the limit of time with ``ess``, and with ``"auto"``; 60 by default. For nuts and hmc it stands
-            alone. A warm-up is not cut short.
+        max_seconds: the limit of time, whatever the method; 60 by default with ``ess`` and with ``"auto"``. What was
+            done by then is returned, with a warning; a warm-up may take two thirds of the time.
         seed: a number for the same draws twice; ``None`` uses the global generator. (What time stops is not
             the same twice.)
         model_kwargs: the model's keyword arguments, whatever their names.
@@ -97,8 +98,8 @@ def sample(
         Draws; the same type whatever the method. ``notes`` holds what was done, and, for ``"auto"``, why.
 
     Raises:
-        ValueError: unknown method, impossible counts, ``ess`` with a method that cannot go on, or
-            ``max_seconds`` without ``ess`` where it means nothing.
+        ValueError: unknown method, impossible counts, or ``ess`` with a method that cannot go on.
+        InferenceError: ``max_seconds`` were spent before there was any draw.
         TypeError: a keyword that neither method nor model has, or that both have where ``model_kwargs`` is missing; a
             model of the wrong kind.
     """
@@ -110,6 +111,7 @@ def sample(
     if num_chains is not None:
         whole_number("num_chains", num_chains)
     began = time.perf_counter()
+    check_seconds(max_seconds)
     kwargs = dict(model_kwargs or {})
     target = _target(method, ess, max_seconds, num_samples)
     if method == "auto":
@@ -126,7 +128,8 @@ def sample(
         total = num_samples * num_chains
         options.pop("progress", None)
         if target is None:
-            return importance(model, guide, *args, num_samples=total, seed=seed, model_kwargs=kwargs, **options)
+            options |= {"num_samples": total, "max_seconds": max_seconds}
+            return importance(model, guide, *args, seed=seed, model_kwargs=kwargs, **options)
         target = dataclasses.replace(target, max_draws=total if limited else None)
         return importance_until(model, guide, target, args, kwargs, seed=seed, began=began, **options)
     if method in ("nuts", "hmc"):
@@ -134,9 +137,10 @@ def sample(
         shared: dict[str, Any] = {"guide": guide, "num_samples": num_samples, "num_chains": num_chains}
         return sampler(model, *args, seed=seed, max_seconds=max_seconds, model_kwargs=kwargs, **shared, **options)
     if method == "smc":
-        smc = _smc(model, guide, options, particles_per_island=num_samples, num_islands=num_chains, seed=seed)
-        return smc.run(*args, **kwargs)
-    mcmc = _mcmc(method, model, options, num_samples=num_samples, num_chains=num_chains, guide=guide, seed=seed)
+        sizes = {"particles_per_island": num_samples, "num_islands": num_chains}
+        return _smc(model, guide, options, seed=seed, max_seconds=max_seconds, **sizes).run(*args, **kwargs)
+    settings: dict[str, Any] = {"num_samples": num_samples, "num_chains": num_chains, "guide": guide, "seed": seed}
+    mcmc = _mcmc(method, model, options, max_seconds=None if target else max_seconds, **settings)
     draws = mcmc.run(*args, **kwargs) if target is None else run_until(mcmc, target, args, kwargs, began=began)
     if not draws.values:  # MCMC lets such a model pass, as Pyro does
         raise ValueError("the model has no latent sample sites: nothing to sample")
@@ -145,8 +149,6 @@ def sample(
 
 def _target(method: str, ess: float | None, max_seconds: float | None, num_samples: int | None) -> Target | None:
     if ess is None and method != "auto":
-        if max_seconds is not None and method not in ("nuts", "hmc"):
-            raise ValueError(f"max_seconds={max_seconds} is the limit of ess=: give both, or num_samples=")
         return None
     return Target(
         1000.0 if ess is None else ess,

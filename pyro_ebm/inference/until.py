@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_ebm.chain_statistics import chain_statistics
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import check_seconds, finishing, limited, time_limit
 from pyro_ebm.errors import report
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.mcmc import MCMC
@@ -22,7 +23,7 @@ from pyro_ebm.thresholds import MAX_R_HAT, pareto_k_limit
 
 __all__ = ["Target", "importance_until", "judged", "reported", "run_until"]
 
-_FIRST, _LEAST = 50, 4  # draws per chain before the first look; when the warm-up has spent all time
+_FIRST = 50  # draws per chain before the first look
 _FIRST_IMPORTANCE = 4000
 _MAX_IMPORTANCE = 2_000_000
 
@@ -46,9 +47,9 @@ class Target:
     max_k: float = math.inf
 
     def __post_init__(self) -> None:
-        for name in ("ess", "max_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.ess > 0:
+            raise ValueError(f"ess must be positive, got {self.ess}")
+        check_seconds(self.max_seconds)
         if self.max_draws is not None:
             whole_number("num_samples", self.max_draws)
 
@@ -70,29 +71,37 @@ def run_until(mcmc: MCMC, target: Target, args: tuple[Any, ...], kwargs: Mapping
     def drive(chains: Chains) -> dict[str, Any]:
         return _extend_until(chains, target, mcmc.thin, began)
 
-    return reported(mcmc.run_with(drive, args, kwargs), target, strict=mcmc.strict)
+    with limited(target.max_seconds, began=began):
+        draws = mcmc.run_with(drive, args, kwargs)
+    return reported(draws, target, strict=mcmc.strict)
 
 
 def _extend_until(chains: Chains, target: Target, thin: int, began: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    more = _FIRST if time.perf_counter() - began < target.max_seconds else _LEAST
+    look = 0.0
+    more = _FIRST
     while True:
         if target.max_draws is not None:
             more = min(more, target.max_draws - len(chains.record))
-        chains.extend(more, thin=thin)
+        with time_limit(target.max_seconds - 4 * look, began=began):
+            chains.extend(more, thin=thin)
         done, looked = len(chains.record), time.perf_counter()
+        if not done:
+            return {}
         try:
-            found = {"num_samples": done, **judged(chains.record.values(chains.density), target)}
+            with finishing():
+                found = {"num_samples": done, **judged(chains.record.values(chains.density), target)}
         except KeyboardInterrupt:  # while looking: the draws are there
-            chains.interrupted = True
+            chains.stopped = "interrupted"
         now = time.perf_counter()
+        look = now - looked
         # The next look has more to look at, and so has the report at the end.
-        left = target.max_seconds - (now - began) - 4 * (now - looked)
-        if chains.interrupted:
+        left = target.max_seconds - (now - began) - 4 * look
+        if chains.stopped == "interrupted":
             return {"ess": math.nan, "r_hat": math.nan, **found, "stopped": "interrupted"}
         if found["stopped"] == "target":
             return found
-        if left <= 0:
+        if left <= 0 or chains.stopped == "max_seconds":
             return {**found, "stopped": "max_seconds"}
         if target.max_draws is not None and done >= target.max_draws:
             return found
@@ -170,11 +179,14 @@ def importance_until(
     num = int(min(max(4 * target.ess, 2000), _FIRST_IMPORTANCE, limit))
     while True:
         started = time.perf_counter()
-        draws, problem = weighed(model, guide, args, kwargs, num_samples=num, seed=seed, vectorize=vectorize)
+        with limited(target.max_seconds, began=began):
+            draws, problem = weighed(model, guide, args, kwargs, num_samples=num, seed=seed, vectorize=vectorize)
         ess, now = draws.notes["ess"], time.perf_counter()
         # Each round draws anew: so many fit into the time left.
         fitting = int(num * max(target.max_seconds - (now - began), 0.0) / max(now - started, 1e-9))
-        if draws.pareto_k is None or not draws.pareto_k <= min(target.max_k, pareto_k_limit(num)):
+        if "stopped" in draws.notes:
+            stopped = draws.notes["stopped"]
+        elif draws.pareto_k is None or not draws.pareto_k <= min(target.max_k, pareto_k_limit(num)):
             stopped = "pareto_k"
         elif ess >= target.ess:
             stopped = "target"
@@ -185,6 +197,8 @@ def importance_until(
         else:
             num = min(math.ceil(1.2 * num * target.ess / ess), limit, fitting)
             continue
-        report(problem, strict=strict)
+        if stopped == "interrupted":
+            problem = "; ".join(filter(None, [f"snis: interrupted after {draws.num_draws} draws", problem]))
+        report(problem, strict=strict and stopped != "interrupted")
         notes = {**draws.notes, "stopped": stopped, "target_ess": target.ess}
         return reported(replace(draws, seconds=now - began, notes=notes), target, strict=strict)

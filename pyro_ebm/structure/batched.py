@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_ebm.deadline import check_time
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure.agreement import Batch, difference, differing
@@ -266,6 +267,7 @@ class BatchedModel:
         return Batch(found, {name: each.expand(num, *each.shape[1:]) for name, each in measured.items()}, "plate")
 
     def _trace(self, values: Mapping[str, Tensor]) -> poutine.Trace:
+        check_time()
         tracer = poutine.trace(poutine.condition(self.model, data=dict(values)))
         try:
             trace = tracer.get_trace(*self.args, **self.kwargs)

@@ -17,6 +17,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
+from pyro_ebm.errors import InputError
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
 
@@ -225,12 +226,12 @@ def check_no_subsampling(trace: poutine.Trace) -> None:
     """A posterior needs all data: a plate that sees part of them has another density in each run.
 
     Raises:
-        ValueError: naming the plate.
+        InputError: naming the plate.
     """
     for site in trace.nodes.values():
         for frame in site.get("cond_indep_stack", ()):
             if frame.full_size is not None and int(frame.full_size) != int(frame.size):
-                raise ValueError(
+                raise InputError(
                     f"plate {frame.name!r} is subsampled ({frame.size} of {frame.full_size}): the density would "
                     f"change from call to call; run the model on all its data"
                 )

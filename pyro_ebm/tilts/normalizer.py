@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,8 +34,9 @@ from torch.distributions import Distribution, Independent, TransformedDistributi
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import OutOfTime, check_time, time_left
 from pyro_ebm.energies import Energy, FunctionEnergy, as_energy
-from pyro_ebm.errors import report
+from pyro_ebm.errors import report, warn_user
 from pyro_ebm.estimates import Estimate, importance_estimate, log_mean_exp
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.structure import unmasked
@@ -63,6 +64,7 @@ __all__ = [
 
 METHODS = ("importance", "qmc")
 _QMC_REPLICATES = 32
+_PIECE = 512  # draws whose energies are computed between two looks at the clock
 _REMEDY = (
     "bound the energy below (a smaller or regularized energy, a quadratic term `+ QuadraticEnergy(c)`), "
     "or draw more samples"
@@ -221,7 +223,20 @@ def site_log_weights(
     if shared:
         value = value.reshape(repeats * copies, *base.event_shape)[: settings.num_samples]
         score = score.reshape(-1)[: settings.num_samples] if score.ndim else score
-    return score - checked_energy(energy, value, event_dim, name)
+    energies = checked_energy if time_left() == math.inf or torch.is_grad_enabled() else _energies_in_time
+    return score - energies(energy, value, event_dim, name)
+
+
+def _energies_in_time(energy: Energy, value: Tensor, event_dim: int, name: str) -> Tensor:
+    """Energies of the first draws, as many as time allows."""
+    pieces: list[Tensor] = []
+    with suppress(OutOfTime):
+        for piece in value.split(_PIECE):
+            check_time()
+            pieces.append(checked_energy(energy, piece, event_dim, name))
+    if not pieces:
+        raise OutOfTime
+    return torch.cat(pieces)
 
 
 def enumerated(base: Distribution) -> tuple[Tensor, Tensor] | None:
@@ -341,6 +356,8 @@ def sampled_log_normalizer(
             estimate = importance_estimate(log_weights)
         if enumerated(base) is not None and bool(estimate.value.isfinite().all()):
             return Estimate(estimate.value, torch.zeros_like(estimate.value))
+    if len(log_weights) < 0.9 * num_samples and enumerated(base) is None:
+        warn_user(f"stopped by the limit of time after {len(log_weights)} of {num_samples} draws of the base")
     warn_if_unreliable(log_weights, estimate, strict=strict)
     return estimate
 
@@ -355,7 +372,14 @@ def _qmc_estimate(
 ) -> tuple[Estimate, Tensor]:
     settings = Normalizer("qmc", max(num_samples // _QMC_REPLICATES, 2))
     seeds = [None if seed is None else seed * _QMC_REPLICATES + r for r in range(_QMC_REPLICATES)]
-    log_weights = [site_log_weights(base, energy, settings, name="the base", seed=s) for s in seeds]
+    log_weights: list[Tensor] = []
+    with suppress(OutOfTime):
+        for each in seeds:
+            log_weights.append(site_log_weights(base, energy, settings, name="the base", seed=each))
+            check_time()
+    log_weights = [part for part in log_weights if len(part) == len(log_weights[0])]  # part of a net is none
+    if len(log_weights) < 2:
+        raise OutOfTime
     estimate = importance_estimate(torch.stack([log_mean_exp(part) for part in log_weights]))
     return estimate, torch.cat(log_weights)
 

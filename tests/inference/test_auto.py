@@ -67,6 +67,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(auto, "time", fake)
     monkeypatch.setattr(until, "time", fake)
     monkeypatch.setattr("pyro_ebm.inference.sample.time", fake)
+    monkeypatch.setattr("pyro_ebm.deadline.time", types.SimpleNamespace(perf_counter=lambda: now.seconds))
     return now
 
 
@@ -214,6 +215,7 @@ SHORT = {"num_samples": 12, "num_chains": 2, "ess": 20, **QUIET}
 
 
 @pytest.mark.filterwarnings("ignore:nuts. stopped by num_samples:pyro_ebm.InferenceWarning")
+@pytest.mark.filterwarnings("ignore:auto. batched chains. not possible:pyro_ebm.InferenceWarning")
 def test_models_for_chains_one_by_one(monkeypatch):
     seen = {}
 
@@ -241,9 +243,12 @@ def test_discrete_sites_are_summed_out_of_batched_chains(small):
 
 def test_nuts_that_falls_short_says_so(monkeypatch):
     monkeypatch.setattr(auto, "pyro_nuts", lambda *args, **kwargs: pyro_nuts(*args, warmup_steps=10, **kwargs))
-    with pytest.warns(InferenceWarning, match="nuts: stopped by num_samples=12 with bulk ESS"):
+    with (
+        pytest.warns(InferenceWarning, match="nuts: stopped by num_samples=12 with bulk ESS"),
+        pytest.warns(InferenceWarning, match="auto: batched chains: not possible .*; Pyro's NUTS draws one "),
+    ):
         sample(branches, **{**SHORT, "ess": 1e6})
-    with pytest.raises(InferenceError, match="nuts: "):
+    with pytest.raises(InferenceError, match="nuts: "), pytest.warns(InferenceWarning, match="Pyro's NUTS"):
         sample(branches, strict=True, **{**SHORT, "ess": 1e6})
 
 

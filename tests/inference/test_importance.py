@@ -153,7 +153,7 @@ def test_a_better_guide_is_the_remedy():
 @pytest.mark.parametrize("num_samples", [257, 500, 512])
 def test_chunks_change_nothing_but_memory(monkeypatch, num_samples):
     whole = importance(tilt(prior, {"z": bent}), num_samples=num_samples, seed=0)
-    monkeypatch.setattr(module, "_CHUNK", 256)
+    monkeypatch.setattr("pyro_ebm.inference.importance_sampler.CHUNK", 256)
     parts = importance(tilt(prior, {"z": bent}), num_samples=num_samples, seed=0)
     assert parts.values["z"].shape == whole.values["z"].shape == (1, num_samples, 2)
     assert parts.stats["lp"].shape == parts.log_weights.shape == (1, num_samples)

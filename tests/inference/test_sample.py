@@ -173,16 +173,6 @@ def test_methods_that_cannot_go_on(method):
         sample(model, method=method, ess=100)
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
-def test_a_limit_of_time_without_a_target(method):
-    if method in ("nuts", "hmc"):
-        draws = sample(TILTED, 0.5, method=method, max_seconds=1e-9, warmup_steps=2, progress=False, **FAST)
-        assert draws.num_draws == 4 and draws.notes["stopped"] == "max_seconds"
-        return
-    with pytest.raises(ValueError, match=r"max_seconds=5 is the limit of ess="):
-        sample(model, method=method, max_seconds=5)
-
-
 @pytest.mark.parametrize("method", ["NUTS", "mcmc", ""])
 def test_unknown_method(method):
     expected = r"method must be one of \('auto', 'snis', 'nuts', 'hmc', 'chees', 'mala', 'ula', 'smc'\), got "

@@ -10,9 +10,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
-from pyro_ebm.errors import InferenceError, report
+from pyro_ebm.deadline import STOPS, finishing, limited, stopped_by
+from pyro_ebm.errors import InferenceError, interruption_told, report
 from pyro_ebm.estimates import BoundedEstimate, log_mean_exp
 from pyro_ebm.inference.annealing.population import Pace, Population, anneal
+from pyro_ebm.inference.annealing.smc import early_text
 from pyro_ebm.inference.annealing.tempering import Annealing, Path, Points, path_to
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.kernel import Kernel, Step, Tuning
@@ -37,6 +39,7 @@ def annealed_importance(
     prob: float = 0.99,
     draws: Draws | Mapping[str, Tensor] | None = None,
     annealing: Annealing = Annealing(),  # noqa: B008  (immutable)
+    max_seconds: float | None = None,
     seed: int | None = None,
     progress: bool = True,
     strict: bool = False,
@@ -66,6 +69,8 @@ def annealed_importance(
             a :class:`Draws` or values by site, (num, *site_shape).
         annealing: where chains start, how they move and how the model is run; see :class:`Annealing`. The kernel must
             leave its target invariant.
+        max_seconds: when so much time is spent, return what the chains so far say, with a warning: a lower bound, and
+            no upper one. ``None``: no limit.
         seed: a number for the same answer twice; ``None`` uses the global generator.
         progress: show a progress bar.
         strict: raise instead of warn when the bounds cannot be trusted.
@@ -78,7 +83,7 @@ def annealed_importance(
 
     Raises:
         ValueError: impossible counts, a kernel that leaves nothing invariant, too few draws.
-        InferenceError: the target is zero at all chains of a group.
+        InferenceError: the target is zero at all chains of a group, or improper.
 
     Warns:
         InferenceWarning: bounds that contradict each other, or lie more than a nat apart.
@@ -102,17 +107,34 @@ def annealed_importance(
     path = path_to(kernel, args, dict(model_kwargs or {}), guide=annealing.guide, base=annealing.base)
     seed = random_seed(seed, annealing.generator)
     start, generator = streams(seed, annealing.generator, path.target.like.device)
-    with path.quiet(), tqdm(desc="ais", disable=not progress, unit=" temperatures") as bar:
-        points = path.start(size, num_groups, seed=start, compile=annealing.compile)
-        pilot = anneal(path, kernel, points, Pace(), generator=generator, bar=bar)
-        walk = _Walk(path, kernel, schedule_of(pilot, num_temperatures), generator, bar)
-        given = None if draws is None else path.at(_given(path, draws, size, num_groups))
-        end = _settled(path, kernel, pilot, generator) if given is None else given
-        forward = walk.up(path.at(path.draw(size, num_groups, seed=start + 1)))
-        backward = -walk.down(end)
-    found = _estimate(forward, backward, prob)
-    _report(found, strict=strict)
+    told = interruption_told("interrupted before the chains started: there is nothing to return yet")
+    with told, limited(max_seconds), path.quiet():
+        with tqdm(desc="ais", disable=not progress, unit=" temperatures") as bar:
+            points = path.start(size, num_groups, seed=start, compile=annealing.compile)
+            pilot = anneal(path, kernel, points, Pace(), generator=generator, bar=bar)
+            below, stopped = pilot.log_z, pilot.stopped  # of each group
+            try:
+                if stopped is None:
+                    walk = _Walk(path, kernel, schedule_of(pilot, num_temperatures), generator, bar)
+                    given = None if draws is None else path.at(_given(path, draws, size, num_groups))
+                    end = _settled(path, kernel, pilot, generator) if given is None else given
+                    forward = walk.up(path.at(path.draw(size, num_groups, seed=start + 1)))
+                    below = log_mean_exp(forward)
+                    backward = -walk.down(end)
+            except STOPS as stop:
+                stopped = stopped_by(stop)
+        with finishing():
+            found = _estimate(forward, backward, prob) if stopped is None else _one_sided(below, prob)
+            early = None if stopped is None else _early_text(stopped, pilot, size * num_groups)
+            _report(found, early=early, strict=strict)
     return BoundedEstimate(*(part.to(points.u) for part in (found.value, found.se, found.lower, found.upper)))
+
+
+def _early_text(stopped: str, pilot: Population, chains: int) -> str:
+    if pilot.stopped is not None:
+        return early_text(pilot, chains)
+    why = "interrupted" if stopped == "interrupted" else "stopped by the limit of time"
+    return f"{why} before all chains came back"
 
 
 class Schedule(NamedTuple):
@@ -226,11 +248,9 @@ def _given(path: Path, draws: Draws | Mapping[str, Tensor], size: int, groups: i
 
 def _estimate(forward: Tensor, backward: Tensor, prob: float) -> BoundedEstimate:
     """From log weights up and minus log weights down, (chains, groups, *batch)."""
-    from scipy import stats
-
     groups = forward.shape[1]
     below, above = log_mean_exp(forward), -log_mean_exp(-backward)
-    factor = float(stats.t.ppf(0.5 + prob / 2, groups - 1)) / groups**0.5
+    factor = _quantile(groups, prob) / groups**0.5
     se = bridge(forward, backward).std(0) / groups**0.5
     return BoundedEstimate(
         bridge(forward.flatten(0, 1), backward.flatten(0, 1)),
@@ -238,6 +258,21 @@ def _estimate(forward: Tensor, backward: Tensor, prob: float) -> BoundedEstimate
         (below.mean(0) - factor * below.std(0)).nan_to_num(nan=-torch.inf),
         (above.mean(0) + factor * above.std(0)).nan_to_num(nan=torch.inf),
     )
+
+
+def _one_sided(log_z: Tensor, prob: float) -> BoundedEstimate:
+    """From the log of an unbiased estimate of Z of each group, (groups, *batch): what is below log Z, and no more."""
+    groups = len(log_z)
+    error = log_z.std(0) / groups**0.5
+    lower = log_z.mean(0) - _quantile(groups, prob) * error
+    return BoundedEstimate(log_mean_exp(log_z), error, lower, torch.full_like(lower, torch.inf))
+
+
+def _quantile(groups: int, prob: float) -> float:
+    """Of Student's t, for bounds that hold both with a probability."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.5 + prob / 2, groups - 1))
 
 
 def bridge(forward: Tensor, backward: Tensor) -> Tensor:
@@ -270,12 +305,14 @@ def _check(kernel: Kernel, chains_per_group: int, num_groups: int, num_temperatu
         raise ValueError(f"prob must lie between 0 and 1, got {prob}")
 
 
-def _report(found: BoundedEstimate, *, strict: bool) -> None:
-    """Warn (raise with ``strict``) of bounds that contradict each other or say little."""
+def _report(found: BoundedEstimate, *, early: str | None, strict: bool) -> None:
+    """Warn (raise with ``strict``) of bounds that contradict each other or say little, or of an early end."""
     gap = found.upper - found.lower
     if not bool(found.value.isfinite().all()):
         raise InferenceError("log Z is not finite: the target is zero at all chains, or improper; check its energy")
-    if bool((gap < 0).any()):
+    if early is not None:
+        problem = f"{early}: there is no upper bound"
+    elif bool((gap < 0).any()):
         problem = (
             "the lower bound lies above the upper one: the draws of the target that chains went back from do not "
             "follow it; give draws=, more chains_per_group, or a guide that knows all modes"

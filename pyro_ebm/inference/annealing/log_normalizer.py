@@ -12,6 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
+from pyro_ebm.deadline import limited
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.errors import report
 from pyro_ebm.estimates import BoundedEstimate, Estimate
@@ -40,6 +41,7 @@ def log_normalizer(
     *,
     method: str = "importance",
     num_samples: int | None = None,
+    max_seconds: float | None = None,
     seed: int | None = None,
     strict: bool = False,
 ) -> Estimate:
@@ -60,6 +62,7 @@ def log_normalizer(
         method: one of ``"importance"``, ``"qmc"``, ``"smc"``, ``"bridge"``, ``"ais"``.
         num_samples: draws of the base in all, 16,384 by default; particles (8,192; for ``"bridge"`` as many draws
             of the base too); chains in each direction (1,024).
+        max_seconds: when so much time is spent, return what was done so far, with a warning; ``None``: no limit.
         seed: a number for the same answer twice; ``None`` uses the global generator.
         strict: raise instead of warn when the estimate cannot be trusted.
 
@@ -88,15 +91,14 @@ def log_normalizer(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     num = _NUM_SAMPLES[method] if num_samples is None else num_samples
     if method in SAMPLED:
-        return sampled_log_normalizer(
-            base, energy, method=method, num_samples=num, seed=seed, strict=strict
-        )
+        with limited(max_seconds):
+            return sampled_log_normalizer(base, energy, method=method, num_samples=num, seed=seed, strict=strict)
     base = unmasked(base)
     if enumerated(base) is not None:
         exact = sampled_log_normalizer(base, energy, strict=strict)
         return BoundedEstimate(*exact, exact.value, exact.value) if method == "ais" else exact
     model, independent = _tilted_model(base, energy, method)
-    options: dict[str, Any] = {"seed": seed, "progress": False, "strict": strict}
+    options: dict[str, Any] = {"seed": seed, "progress": False, "strict": strict, "max_seconds": max_seconds}
     options["annealing"] = Annealing(independent=independent)
     if method == "ais":
         return annealed_importance(model, chains_per_group=max(num // _GROUPS, 2), num_groups=_GROUPS, **options)

@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
-from pyro_ebm.errors import InferenceError
+from pyro_ebm.deadline import STOPS, OutOfTime, finishing, stopped_by
+from pyro_ebm.errors import ImproperError, InferenceError
 from pyro_ebm.estimates import log_mean_exp
 from pyro_ebm.inference.annealing.tempering import Path, Points
 from pyro_ebm.inference.kernels.adaptation import Adaptation, find_step_size, initial_tuning
@@ -22,6 +23,8 @@ __all__ = ["Pace", "Population", "Rung", "anneal"]
 
 _MOVED, _MOVED_AT_END = 0.4, 0.1  # correlation with where particles were before the moves
 _STALLED = 20  # temperatures without getting anywhere
+_MOST_EVALUATIONS = 100_000  # of each particle; an ordinary way takes 300
+_RUNAWAY = (1000.0, 10.0)  # nats above the median log density, and for each coordinate, at which no equilibrium is
 _GAIN = 1.0  # of the log step size for too high an acceptance
 
 
@@ -73,6 +76,9 @@ class Population:
         info: of the last move.
         iteration: of the kernel.
         ancestors: which draw of the base each particle descends from, (particles, islands, *batch).
+        stopped: what ended the way early, ``"interrupted"``, ``"max_seconds"`` or ``"max_evaluations"``.
+        left_at: the inverse temperature from which particles were then weighted to the target in one step.
+        jump_ess: share of the particles that those weights were worth.
     """
 
     points: Points
@@ -83,6 +89,9 @@ class Population:
     info: Info | None = None
     iteration: int = 0
     ancestors: Tensor | None = None
+    stopped: str | None = None
+    left_at: float = 1.0
+    jump_ess: float = 1.0
 
 
 def anneal(
@@ -95,6 +104,9 @@ def anneal(
     bar: tqdm | None = None,
 ) -> Population:
     """Carry particles that follow the base to the target.
+
+    Ctrl-C, a limit of time, or too many evaluations of the density end the way early: then the particles are weighted
+    to the target in one step, which is as right, if worse, and resampled; ``stopped`` says so.
 
     Args:
         path: from the base to the target.
@@ -123,11 +135,9 @@ def anneal(
                     refresh=False,
                 )
                 bar.update()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted at inverse temperature {float(population.beta.min()):.3g}: particles follow the target only "
-            f"at 1, so there are no draws yet"
-        ) from None
+    except STOPS as stop:
+        with finishing():
+            _jump(population, stopped_by(stop), generator)
     return population
 
 
@@ -137,6 +147,21 @@ def _numbered(num: int, beta: Tensor) -> Tensor:
     return names.reshape(num, len(beta), *[1] * (beta.ndim - 1)).expand(num, *beta.shape)
 
 
+class _TooFar(OutOfTime):
+    """So many evaluations that the target must be out of reach."""
+
+    word = "max_evaluations"
+
+
+def _jump(population: Population, stopped: str, generator: torch.Generator) -> None:
+    """Weight the particles to the target in one step and resample them."""
+    population.stopped, population.left_at = stopped, float(population.beta.min())
+    if population.left_at < 1:
+        ess = _reweight(population, 0.0, generator)
+        population.jump_ess = float(ess.min())
+        population.ladder.append(Rung(population.beta, population.tuning, ess, 0.0, 0))
+
+
 def _reweight(population: Population, target_ess: float, generator: torch.Generator) -> Tensor:
     """Go to the next temperature and resample; returns the share of the particles the weights were worth."""
     log_ratio = _checked(population.points.log_ratio(), population.beta)
@@ -144,12 +169,14 @@ def _reweight(population: Population, target_ess: float, generator: torch.Genera
     step = next_step(log_ratio.flatten(0, 1), 1 - population.beta[0], target_ess).expand_as(population.beta)
     log_weights = torch.where(step > 0, step * log_ratio, 0.0)
     # Not beta + step: one minus beta plus beta need not be one.
-    population.beta = torch.where(step < 1 - population.beta, population.beta + step, torch.ones_like(step))
-    population.log_z = population.log_z + log_mean_exp(log_weights.double())
+    beta = torch.where(step < 1 - population.beta, population.beta + step, torch.ones_like(step))
+    log_z = population.log_z + log_mean_exp(log_weights.double())
     index = systematic(log_weights, generator)
-    population.points = population.points.take(index)
-    if population.ancestors is not None:
-        population.ancestors = population.ancestors.gather(0, index)
+    points, ancestors = population.points.take(index), population.ancestors
+    if ancestors is not None:
+        ancestors = ancestors.gather(0, index)
+    # Together, whatever interrupts.
+    population.beta, population.log_z, population.points, population.ancestors = beta, log_z, points, ancestors
     pooled = log_weights.flatten(0, 1)
     return effective(pooled) / len(pooled)
 
@@ -165,7 +192,7 @@ def _checked(log_ratio: Tensor, beta: Tensor) -> Tensor:
         )
     infinite = (log_ratio == torch.inf).sum()
     if int(infinite):
-        raise InferenceError(
+        raise ImproperError(
             f"the log density is +inf at {int(infinite)} particles: the energy is unbounded below; bound it, or check "
             f"the model"
         )
@@ -186,9 +213,20 @@ def _check_progress(population: Population) -> None:
         return
     before = ladder[-_STALLED].beta
     if bool(((population.beta < 1) & (population.beta < 1.01 * before)).any()):
-        raise InferenceError(
+        raise ImproperError(
             f"stuck at inverse temperature {float(population.beta.min()):.3g} after {len(ladder)}: the target seems "
             f"improper (an energy unbounded below?); bound the energy, or start from a guide nearer the target"
+        )
+
+
+def _check_proper(state: State, beta: Tensor) -> None:
+    """Particles in equilibrium differ by few nats a coordinate; where exp(-E) grows without end some run away."""
+    log_prob = torch.where(state.log_prob.isfinite(), state.log_prob, -torch.inf)
+    gap = float((log_prob.amax(0) - log_prob.median(0).values).nan_to_num(nan=0.0).max())
+    if gap > _RUNAWAY[0] + _RUNAWAY[1] * state.u.shape[-1]:
+        raise ImproperError(
+            f"particles run away at inverse temperature {float(beta.min()):.3g}, to log densities {gap:.3g} above "
+            f"their median: the target seems improper, without a Z (an energy unbounded below?); bound the energy"
         )
 
 
@@ -199,6 +237,7 @@ class _Mover:
         self.path, self.kernel, self.settings, self.generator = path, kernel, settings, generator
         self._lengths: Adaptation | None = None
         self._collapse = Collapse()
+        self._evaluations = 0
 
     def move(self, population: Population, ess: Tensor) -> None:
         """Moves the particles until they have left their copies; adds a rung to the ladder."""
@@ -218,6 +257,10 @@ class _Mover:
             state, info = step(before)
             moves += 1
             acceptance += float(info.acceptance_rate.mean())
+            _check_proper(state, population.beta)
+            self._evaluations += info.n_steps
+            if self._evaluations > _MOST_EVALUATIONS:
+                raise _TooFar
             state = state._replace(tuning=self._retuned(before, info))
             self._collapse.update(state, "particles")
             if self.settings.num_moves is None and _likeness(start, _standardized(state)) < limit:

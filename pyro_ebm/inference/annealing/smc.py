@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import check_seconds, finishing, limited
 from pyro_ebm.errors import interruption_told, report
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.annealing.population import Pace, Population, anneal
@@ -24,9 +26,14 @@ from pyro_ebm.keywords import model_inputs
 from pyro_ebm.randomness import one_source, random_seed, streams
 from pyro_ebm.thresholds import MIN_STARTS, R_HAT_OF_DISAGREEMENT, above
 
-__all__ = ["SMC"]
+__all__ = ["SMC", "early_text"]
 
 _MIN_ACCEPTANCE, _MAX_SE = 0.05, 0.5
+_WHY = {
+    "interrupted": "interrupted",
+    "max_seconds": "stopped by the limit of time",
+    "max_evaluations": "given up (100,000 evaluations of the density, and the target still far: is it proper?)",
+}
 _ENOUGH = 100  # particles, for R-hat to say something
 
 
@@ -47,6 +54,8 @@ class SMC:
         target_ess: share of the particles that weights must be worth, between 0 and 1.
         num_moves: moves at each temperature; as many as it takes, at most ``max_moves``, when ``None``.
         max_moves: at each temperature.
+        max_seconds: when so much time is spent, weight the particles to the target in one step, from where they are,
+            and say so. ``None``: no limit.
         seed: a number for the same draws twice; ``None`` uses the global generator.
         annealing: where particles start, how they move and how the model is run; see :class:`Annealing`.
         progress: show a progress bar.
@@ -81,6 +90,7 @@ class SMC:
         target_ess: float = 0.8,
         num_moves: int | None = None,
         max_moves: int = 10,
+        max_seconds: float | None = None,
         annealing: Annealing = Annealing(),  # noqa: B008  (immutable)
         seed: int | None = None,
         progress: bool = True,
@@ -89,10 +99,11 @@ class SMC:
         whole_number("particles_per_island", particles_per_island, at_least=2)
         whole_number("num_islands", num_islands)
         one_source(seed, annealing.generator)
+        check_seconds(max_seconds)
         self.kernel, self.annealing = annealing.kernel_of(target), annealing
         self.pace = Pace(target_ess, num_moves, max_moves)
         self.particles_per_island, self.num_islands = particles_per_island, num_islands
-        self.seed, self.progress, self.strict = seed, progress, strict
+        self.seed, self.progress, self.strict, self.max_seconds = seed, progress, strict, max_seconds
 
     def run(self, *args: Any, **kwargs: Any) -> Draws:
         """Carry the particles from the base to the target.
@@ -110,8 +121,10 @@ class SMC:
             ``moves_per_temperature``, ``distinct_starts`` (draws of the base that the particles descend from).
 
         Raises:
-            InferenceError: the target is zero at all particles of an island, or infinite at some.
-            KeyboardInterrupt: before the target is reached there are no draws of it to return.
+            InferenceError: the target is zero at all particles of an island, infinite at some, or improper; or
+                ``max_seconds`` were spent before there were particles.
+            KeyboardInterrupt: before there are particles; after Ctrl-C later on they are weighted to the target in one
+                step, with a warning.
 
         Warns:
             InferenceWarning: when islands disagree or particles hardly moved.
@@ -122,11 +135,13 @@ class SMC:
         path = path_to(self.kernel, args, kwargs, guide=how.guide, base=how.base)
         seed = random_seed(self.seed, how.generator)
         base_seed, generator = streams(seed, how.generator, path.target.like.device)
-        told = interruption_told("interrupted before the particles reached the target: there are no draws yet")
-        with told, path.quiet(), tqdm(desc="smc", disable=not self.progress, unit=" temperatures") as bar:
+        told = interruption_told("interrupted before there were particles: there are no draws yet")
+        bar = tqdm(desc="smc", disable=not self.progress, unit=" temperatures")
+        with told, limited(self.max_seconds), path.quiet(), bar:
             points = path.start(self.particles_per_island, self.num_islands, seed=base_seed, compile=how.compile)
             population = anneal(path, self.kernel, points, self.pace, generator=generator, bar=bar)
-            draws = _as_draws(path, population)
+            with finishing():
+                draws = _as_draws(path, population)
         seconds = time.perf_counter() - began
         draws = replace(draws, seconds=seconds, sampling_seconds=seconds)
         _report(draws, population, self.kernel, strict=self.strict)
@@ -146,7 +161,7 @@ def _as_draws(path: Path, population: Population) -> Draws:
         method="smc",
         stats={
             "lp": points.log_target.transpose(0, 1).contiguous(),
-            "acceptance_rate": population.info.acceptance_rate.transpose(0, 1).contiguous(),  # type: ignore[union-attr]
+            "acceptance_rate": _last_acceptance(population).transpose(0, 1).contiguous(),
         },
         log_weights=(of_island - math.log(num))[:, None].expand(islands, num).to(points.u.dtype).contiguous(),
         log_z=estimate,
@@ -155,6 +170,12 @@ def _as_draws(path: Path, population: Population) -> Draws:
         num_gradients=path.num_gradients,
         notes=_notes(path, population),
     )
+
+
+def _last_acceptance(population: Population) -> Tensor:
+    """(particles, islands, *batch); zeros where nothing moved before the end."""
+    info, last = population.info, population.points.log_target
+    return torch.zeros_like(last) if info is None else info.acceptance_rate
 
 
 def _notes(path: Path, population: Population) -> dict[str, Any]:
@@ -171,6 +192,8 @@ def _notes(path: Path, population: Population) -> dict[str, Any]:
         "moves_per_temperature": [rung.moves for rung in ladder],
         "log_z_of_islands": population.log_z.tolist(),
         "distinct_starts": _ancestors(population),
+        "interrupted": population.stopped == "interrupted",
+        **({} if population.stopped is None else {"stopped": population.stopped, "jump_ess": population.jump_ess}),
     }
 
 
@@ -186,7 +209,9 @@ def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: boo
     problems = []
     if isinstance(kernel, ULA):
         problems.append("ULA keeps none of the distributions on the way: draws and log Z are biased; use MALA")
-    if population.ladder[-1].acceptance < _MIN_ACCEPTANCE:
+    if population.stopped is not None:
+        problems.append(early_text(population, draws.num_chains * draws.num_draws))
+    elif population.ladder[-1].acceptance < _MIN_ACCEPTANCE:
         problems.append(
             f"particles hardly moved at the target (acceptance {population.ladder[-1].acceptance:.3f}): they are "
             f"copies; give more num_moves, or a smaller step_size with adapt_step_size=False"
@@ -207,3 +232,12 @@ def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: boo
         if not error < _MAX_SE:
             problems.append(f"log Z is uncertain by {error:.2f} (> {_MAX_SE}): more particles_per_island")
     report(f"smc: {'; '.join(problems)}" if problems else None, strict=strict)
+
+
+def early_text(population: Population, particles: int) -> str:
+    """How a way that was ended early came to its end, in words."""
+    why = _WHY[str(population.stopped)]
+    return (
+        f"{why} at inverse temperature {population.left_at:.3g}: the particles were weighted to the target in one "
+        f"step, by weights worth {population.jump_ess * particles:.1f} of {particles}"
+    )

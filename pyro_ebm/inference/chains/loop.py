@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.chain_statistics import r_hat
+from pyro_ebm.deadline import STOPS, OutOfTime, stopped_by, time_left, time_limit
 from pyro_ebm.devices import synchronize
 from pyro_ebm.inference.density.capture import captured
 from pyro_ebm.inference.density.gradients import check_gradients
@@ -30,6 +31,7 @@ __all__ = ["Chains", "Record"]
 _BLOCK = 64  # draws are moved to constrained space this many at a time, so that memory follows what is kept
 _R_HAT_EVERY = 3.0  # seconds
 _SHOWN_CHAINS, _SHOWN_DIMS = 16, 8
+_SHARE_OF_WARMUP = 2 / 3  # of the time that is left, where there is a limit
 
 
 @dataclass
@@ -106,7 +108,8 @@ class Chains:
         self.warmup, self.record = Record(), Record()
         self.num_gradients = 0
         self.sampling_seconds = 0.0
-        self.interrupted = False
+        self.stopped: str | None = None
+        self.warmup_cut: int | None = None
         self.rescued = 0
         self._starts = u
         self._on_step, self._saved = on_step, saved
@@ -135,16 +138,23 @@ class Chains:
             yield
 
     def warm_up(self, num_steps: int, *, keep: bool = False) -> None:
-        """Adapt the kernel for so many steps."""
-        with self._quiet():
-            if self.kernel.adapt_step_size and self.kernel.given_step_size is None:
-                step_size, tries = find_step_size(self.kernel, self.state, self._value_and_grad, self.generator)
-                self.num_gradients += tries * len(self.state.u)
-                self.state = self.state._replace(tuning=self.state.tuning._replace(step_size=step_size))
-            if not num_steps:
-                return
-            adaptation = Adaptation(self.kernel, self.state, num_steps, dense=self._dense)
-            rescue, collapse = Rescue(num_steps), Collapse()
+        """Adapt the kernel for so many steps; within a limit of time, in two thirds of what is left of it."""
+        try:
+            with self._quiet(), time_limit(_SHARE_OF_WARMUP * time_left()):
+                self._adapt(num_steps, keep=keep)
+        except OutOfTime:
+            self.warmup_cut = self.state.iteration
+
+    def _adapt(self, num_steps: int, *, keep: bool) -> None:
+        if self.kernel.adapt_step_size and self.kernel.given_step_size is None:
+            step_size, tries = find_step_size(self.kernel, self.state, self._value_and_grad, self.generator)
+            self.num_gradients += tries * len(self.state.u)
+            self.state = self.state._replace(tuning=self.state.tuning._replace(step_size=step_size))
+        if not num_steps:
+            return
+        adaptation = Adaptation(self.kernel, self.state, num_steps, dense=self._dense)
+        rescue, collapse = Rescue(num_steps), Collapse()
+        try:
             for index in range(num_steps):
                 before = self.state
                 self.state, info = self._step(before)
@@ -155,14 +165,15 @@ class Chains:
                 if keep:
                     self.warmup.add(self.state, info)
                 self._told("Warmup", index)
+        finally:  # also where time ends it: with what was learned so far
             self.state = self.state._replace(tuning=adaptation.finish())
-        self.rescued = rescue.count
-        if rescue.origin is not None:  # chains that were moved began, in effect, where the others did
-            self._starts = self._starts.gather(0, rescue.origin.expand_as(self._starts))
-        self._divergences = 0.0
+            self.rescued = rescue.count
+            if rescue.origin is not None:  # chains that were moved began, in effect, where the others did
+                self._starts = self._starts.gather(0, rescue.origin.expand_as(self._starts))
+            self._divergences = 0.0
 
     def extend(self, num_draws: int, *, thin: int = 1) -> None:
-        """Make so many more draws per chain; stops early, and says so, when interrupted."""
+        """Make so many more draws per chain; stops early, and says so, when interrupted or out of time."""
         start = time.perf_counter()
         try:
             with self._quiet():
@@ -172,8 +183,8 @@ class Chains:
                         self._count(info, "draws")
                     self.record.add(self.state, info)
                     self._told("Sample", len(self.record) - 1)
-        except KeyboardInterrupt:
-            self.interrupted = True
+        except STOPS as stop:
+            self.stopped = stopped_by(stop)
         synchronize(self.state.u.device)
         self.sampling_seconds += time.perf_counter() - start
 
@@ -252,7 +263,8 @@ class Chains:
                 **({} if self.graph_problem is None else {"graph_problem": self.graph_problem}),
                 "step_size": tuning.step_size.tolist(),
                 "trajectory_length": float(tuning.trajectory_length),
-                "interrupted": self.interrupted,
+                "interrupted": self.stopped == "interrupted",
+                **({} if self.warmup_cut is None else {"warmup_cut": self.warmup_cut}),
                 "rescued": self.rescued,
                 "distinct_starts": number_of_distinct(self._starts, len(self.density.batch)),
                 **notes,

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import OutOfTime, check_seconds, finishing, limited
 from pyro_ebm.errors import interruption_told
 from pyro_ebm.inference.chains.arguments import (
     as_params,
@@ -27,7 +28,7 @@ from pyro_ebm.inference.chains.arguments import (
     warn_of_ignored,
 )
 from pyro_ebm.inference.chains.loop import Chains
-from pyro_ebm.inference.chains.report import report_chains
+from pyro_ebm.inference.chains.report import early_text, report_chains
 from pyro_ebm.inference.chains.siteless import run_without_sites, without_sites
 from pyro_ebm.inference.chains.starts import chain_starts, given_starts
 from pyro_ebm.inference.chains.stock import Hook, StockChains
@@ -82,6 +83,8 @@ class MCMC:
         thin: keep every ``thin``-th draw.
         seed: a number for the same draws twice; ``None`` uses the global generator.
         generator: a source of randomness instead of a seed.
+        max_seconds: stop when so much time is spent, with the draws so far and a warning; a warm-up may take two thirds
+            of it. ``None``: no limit.
         keep_warmup: keep the warm-up in ``draws.warmup``.
         compile: hand the captured graph to ``torch.compile``: seconds first, then faster.
         capture: ``False`` runs the model at each step.
@@ -125,6 +128,7 @@ class MCMC:
         thin: int = 1,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        max_seconds: float | None = None,
         keep_warmup: bool = False,
         compile: bool = False,
         capture: bool = True,
@@ -142,6 +146,7 @@ class MCMC:
             if value is not None:
                 whole_number(name, value, at_least=least)
         one_source(seed, generator)
+        check_seconds(max_seconds)
         warn_of_ignored(mp_context=mp_context, disable_validation=disable_validation, stock=not batched)
         if not batched:
             own = {"vectorize": vectorize, "init": init, "guide": guide, "generator": generator, "thin": thin - 1}
@@ -151,7 +156,7 @@ class MCMC:
         self.hook_fn, self.transforms, self.save_params = hook_fn, transforms, save_params
         self.disable_validation, self.vectorize = disable_validation, vectorize
         self.thin, self.seed, self.generator = thin, seed, generator
-        self.keep_warmup, self.strict = keep_warmup, strict
+        self.keep_warmup, self.strict, self.max_seconds = keep_warmup, strict, max_seconds
         self.progress = progress if disable_progbar is None else not disable_progbar
         self.graph = "compiled" if compile else "captured" if capture else "eager"
         self._asked_chains, self._asked_transforms = num_chains, transforms
@@ -173,12 +178,16 @@ class MCMC:
 
         Returns:
             Draws with stats ``lp``, ``acceptance_rate``, ``diverging``, ``energy``, ``step_size``, ``n_steps``.
-            After Ctrl-C, the draws so far.
+            After Ctrl-C, or when ``max_seconds`` are spent, the draws so far.
+
+        Raises:
+            InferenceError: ``max_seconds`` were spent before the first draw.
 
         Warns:
-            InferenceWarning: when the draws cannot be trusted.
+            InferenceWarning: when the draws cannot be trusted, or time ended them.
         """
-        with interruption_told("interrupted before the first step: there are no draws yet"):
+        told = interruption_told("interrupted before the first step: there are no draws yet")
+        with told, limited(self.max_seconds):
             args, kwargs = model_inputs(self.kernel.model, args, kwargs)
             if isinstance(self.kernel, MCMCKernel):
                 return self._run_stock(args, kwargs)
@@ -188,7 +197,7 @@ class MCMC:
 
     def _fixed_number(self, chains: Chains) -> dict[str, Any]:
         chains.extend(self.num_samples, thin=self.thin)
-        return {}
+        return {} if chains.stopped is None else {"stopped": chains.stopped}
 
     def _run_stock(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Draws:
         self._draws = None
@@ -208,7 +217,7 @@ class MCMC:
         )
         self._draws = self._stock.run(args, kwargs)
         self.transforms = self._stock.transforms
-        report_chains(self._draws, strict=self.strict, interrupted=self._stock.interrupted)
+        report_chains(self._draws, strict=self.strict, early=early_text(self._draws.notes, self.max_seconds))
         return self._draws
 
     def run_with(
@@ -252,15 +261,16 @@ class MCMC:
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("interrupted during the warm-up: there are no draws yet") from None
         if not len(chains.record):
+            if chains.stopped == "max_seconds":
+                raise OutOfTime(f"on {chains.state.iteration} steps of warm-up")
             raise KeyboardInterrupt("interrupted before the first draw: there are no draws yet")
         self.kernel.remember(**chains.found())
-        self._draws = chains.draws(seconds=time.perf_counter() - began, notes=notes)
-        report_chains(
-            self._draws,
-            strict=self.strict,
-            interrupted=chains.interrupted,
-            max_divergences=_SHARE_OF_DIVERGENCES,
-        )
+        with finishing():
+            self._draws = chains.draws(seconds=time.perf_counter() - began, notes=notes)
+            # With a target to reach, the end by time is told with what was reached.
+            told = {**self._draws.notes, **({"stopped": ""} if "target_ess" in notes else {})}
+            early = early_text(told, self.max_seconds)
+            report_chains(self._draws, strict=self.strict, early=early, max_divergences=_SHARE_OF_DIVERGENCES)
         return self._draws
 
     def _run_without_sites(self, kernel: Kernel, potential: Callable[..., Any]) -> Draws:

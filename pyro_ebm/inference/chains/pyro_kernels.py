@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,16 +14,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import check_seconds, limited, time_left, time_limit
 from pyro_ebm.devices import one_thread
 from pyro_ebm.inference.chains.recording import (
     CountedPotential,
-    OutOfTimeError,
     RecordedChain,
     distinct_starts,
+    largest_part,
     quiet_jit,
+    run_chain,
     stacked,
+    warmup_note,
 )
-from pyro_ebm.inference.chains.report import report_chains
+from pyro_ebm.inference.chains.report import early_text, report_chains
 from pyro_ebm.inference.chains.starting_points import StartingPoints
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.keywords import passes_keywords
@@ -81,8 +83,8 @@ def pyro_nuts(
         seed: a number for the same draws twice; ``None`` uses the global generator.
         keep_warmup: keep warm-up draws in ``draws.warmup``.
         jit_compile: let Pyro trace the potential with ``torch.jit``.
-        max_seconds: stop when so much time is spent, each chain after an equal share of it, with the draws so far
-            (``notes["stopped"]`` says so). A warm-up is not cut short, and each chain makes four draws at least.
+        max_seconds: stop when so much time is spent, each chain after an equal share of it, of which the warm-up gets
+            two thirds at most, with the draws so far and a warning; ``notes["stopped"]`` says so.
         progress: show a progress bar.
         strict: raise instead of warn when the draws cannot be trusted.
         model_kwargs: the model's keyword arguments, whatever their names.
@@ -169,8 +171,7 @@ class _Run:
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("warmup_steps", 0), ("num_chains", 1)):
             whole_number(name, getattr(self, name), at_least=least)
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
+        check_seconds(self.max_seconds)
 
     def __call__(
         self,
@@ -184,7 +185,7 @@ class _Run:
     ) -> Draws:
         start = time.perf_counter()
         model = unnormalized(model)
-        with random_stream(self.seed), frozen(model), quiet_jit():
+        with limited(self.max_seconds), random_stream(self.seed), frozen(model), quiet_jit():
             # Validates the user's model, once and without its tilt; Pyro's own runs do not.
             trace = prototype_trace(untilted(model), args, kwargs)
             check_no_subsampling(trace)
@@ -199,15 +200,14 @@ class _Run:
             starts = StartingPoints(model, args, kwargs, counted, transforms, shapes, self.num_chains)
             initial, rule = starts.find(init, guide)
             with one_thread():
-                deadline = math.inf if self.max_seconds is None else start + self.max_seconds
-                chains, interrupted = self._chains(counted, initial, transforms, deadline, observed_sites(trace))
+                chains, interrupted = self._chains(counted, initial, transforms, observed_sites(trace))
         cut = not interrupted and min(chain.num_draws for chain in chains) < self.num_samples
         stopped = "interrupted" if interrupted else "max_seconds" if cut else "num_samples"
-        notes = {"init": rule, "interrupted": interrupted, "stopped": stopped}
+        notes = {"init": rule, "interrupted": interrupted, "stopped": stopped, **warmup_note(chains)}
         seconds = time.perf_counter() - start
         draws = self._collect(chains, transforms, seconds, observed_sites(trace), notes)
         draws = replace(draws, source=Source(model, args, kwargs))
-        report_chains(draws, strict=self.strict, interrupted=interrupted)
+        report_chains(draws, strict=self.strict, early=early_text(draws.notes, self.max_seconds))
         return draws
 
     def _chains(
@@ -215,7 +215,6 @@ class _Run:
         potential: CountedPotential,
         initial: dict[str, Tensor],
         transforms: Mapping[str, Any],
-        deadline: float,
         observed: Mapping[str, Tensor],
     ) -> tuple[list[RecordedChain], bool]:
         chains: list[RecordedChain] = []
@@ -223,10 +222,8 @@ class _Run:
         with tqdm(total=total, desc=self.method, disable=not self.progress, mininterval=0.5) as bar:
             for index in range(self.num_chains):
                 # All chains are cut to the shortest, so that no later one need go further.
-                num_samples = min((chain.num_draws for chain in chains), default=self.num_samples)
-                now = time.perf_counter()
-                share = now + (deadline - now) / (self.num_chains - index)
-                chains.append(RecordedChain(potential, bar, share, observed=observed))
+                num_samples = min((each.num_draws for each in chains if each.num_draws), default=self.num_samples)
+                chains.append(RecordedChain(potential, bar, observed=observed))
                 mcmc = MCMC(
                     chains[-1].watch(self.kernel(potential)),
                     num_samples=num_samples,
@@ -237,12 +234,11 @@ class _Run:
                     disable_progbar=True,
                 )
                 try:
-                    mcmc.run()
-                except OutOfTimeError:
-                    pass
+                    with time_limit(time_left() / (self.num_chains - index)):
+                        run_chain(mcmc, chains[-1])
                 except KeyboardInterrupt:
                     return _usable(chains), True
-        return chains, False
+        return largest_part(chains), False
 
     def _collect(
         self,
@@ -252,14 +248,14 @@ class _Run:
         observed: Mapping[str, Tensor],
         notes: Mapping[str, Any],
     ) -> Draws:
-        warm = max(chain.warmup for chain in chains)
+        warm = min(chain.warmup for chain in chains)
         length = min(chain.num_draws for chain in chains)
-        values, stats = stacked(chains, transforms, slice(warm, warm + length))
+        values, stats = stacked(chains, transforms, "draws", length)
         if self.method == "nuts":
             stats["tree_depth"] = (stats["n_steps"] + 1).log2().ceil().long()
         warmup = None
         if self.keep_warmup and warm:
-            warm_values, warm_stats = stacked(chains, transforms, slice(0, warm))
+            warm_values, warm_stats = stacked(chains, transforms, "warmup", warm)
             warmup = Draws(values=warm_values, method=self.method, stats=warm_stats)
         sampling = sum(chain.ended - chain.started for chain in chains)
         return Draws(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,18 +9,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import HMC
 from pyro.ops.integrator import potential_grad
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.deadline import Limit, OutOfTime, check_time, time_left, time_limit
 from pyro_ebm.inference.density.gradients import broken_gradient
 from pyro_ebm.inference.resampling import number_of_distinct
 
-__all__ = ["CountedPotential", "OutOfTimeError", "RecordedChain", "distinct_starts", "quiet_jit", "stacked"]
+__all__ = [
+    "CountedPotential",
+    "RecordedChain",
+    "distinct_starts",
+    "largest_part",
+    "quiet_jit",
+    "run_chain",
+    "stacked",
+    "warmup_note",
+]
 
 _LEAST_DRAWS = 4  # with fewer there is no R-hat
+_SHARE_OF_WARMUP = 2 / 3  # of the time of a chain, where there is a limit
 _STATS = ("lp", "acceptance_rate", "step_size", "n_steps", "diverging")
 
 
@@ -34,18 +45,15 @@ def quiet_jit() -> Iterator[None]:
         yield
 
 
-class OutOfTimeError(Exception):
-    """Ends a chain whose share of the time is spent."""
-
-
 class CountedPotential:
-    """A potential that counts how often it is evaluated; each evaluation is one gradient."""
+    """A potential that counts how often it is evaluated, and looks at the clock; each evaluation is one gradient."""
 
     def __init__(self, potential: Callable[..., Tensor]) -> None:
         self.potential = potential
         self.count = 0
 
     def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
+        check_time()
         self.count += 1
         return self.potential(params)
 
@@ -57,23 +65,25 @@ class RecordedChain:
     Args:
         potential: what the kernel evaluates; ``None``: that of the kernel, once it is set up.
         bar: shows the progress.
-        deadline: ``time.perf_counter()`` at which the chain ends.
         then: a hook of the user's, called after each step.
         observed: values by site, named where they leave the kernel without a gradient.
     """
 
     potential: CountedPotential | None
     bar: tqdm
-    deadline: float = math.inf
     then: Callable[[Any, Mapping[str, Tensor], str, int], Any] | None = None
     observed: Mapping[str, Tensor] = field(default_factory=dict)
     params: list[dict[str, Tensor]] = field(default_factory=list)
     stats: list[dict[str, float]] = field(default_factory=list)
     warmup: int = 0
+    warmup_steps: int = 0
+    warmup_cut: bool = False
+    out_of_time: bool = False
     divergences: int = 0
     started: float = 0.0
     ended: float = 0.0
     start: dict[str, Tensor] | None = None
+    limit: Limit | None = None
     _mean_accept: float = 0.0
     _count: int = 0
     _given: Any = None
@@ -118,6 +128,8 @@ class RecordedChain:
     def hook(self, kernel: Any, params: Mapping[str, Tensor], stage: str, index: int) -> None:
         if stage.startswith("Warmup"):
             self.warmup += 1
+            if self.warmup == self.warmup_steps and self.limit is not None:
+                self.limit.lift()
         elif index == 0:
             self._mean_accept, self.started = 0.0, time.perf_counter()
         if isinstance(kernel, HMC):
@@ -127,8 +139,7 @@ class RecordedChain:
         self.bar.update()
         if self.then is not None:
             self.then(kernel, params, stage, index)
-        if self.ended > self.deadline and self.num_draws >= _LEAST_DRAWS:
-            raise OutOfTimeError
+        check_time()
 
     def _record(self, kernel: HMC, index: int) -> None:
         """The statistics of a step of Pyro's HMC or NUTS."""
@@ -147,6 +158,11 @@ class RecordedChain:
         if index % 20 == 0:
             self.bar.set_postfix(accept=f"{mean:.2f}", divergences=self.divergences, refresh=False)
 
+    def part(self, stage: str, length: int) -> slice:
+        """Where so many first ``"draws"``, or last steps of the ``"warmup"``, are among its steps."""
+        start = self.warmup if stage == "draws" else self.warmup - length
+        return slice(start, start + length)
+
     @property
     def num_draws(self) -> int:
         return len(self.params) - self.warmup
@@ -161,19 +177,76 @@ def distinct_starts(chains: Sequence[RecordedChain]) -> dict[str, int]:
     return {"distinct_starts": number_of_distinct(torch.stack(rows))}
 
 
+def run_chain(mcmc: Any, chain: RecordedChain, *args: Any, **kwargs: Any) -> None:
+    """Run one chain by ``pyro.infer.MCMC``; where there is a limit of time, the warm-up gets two thirds of it.
+
+    A warm-up that takes longer ends there, and the draws begin with what was learned. Time that ends them is no error:
+    ``chain.out_of_time`` says so.
+    """
+    sampler, chain.warmup_steps = mcmc.sampler, mcmc.sampler.warmup_steps
+    with time_limit(_SHARE_OF_WARMUP * time_left() if chain.warmup_steps else None) as chain.limit:
+        try:
+            mcmc.run(*args, **kwargs)
+            return
+        except OutOfTime:
+            pass
+    chain.warmup_cut = 0 < chain.warmup < chain.warmup_steps and isinstance(sampler.kernel, HMC)
+    chain.out_of_time = not chain.warmup_cut
+    if chain.warmup_cut:
+        _draw_on(sampler.kernel, chain, sampler.num_samples)
+
+
+def largest_part(chains: list[RecordedChain]) -> list[RecordedChain]:
+    """The chains that time left with enough draws for an R-hat; with any, where none has.
+
+    Raises:
+        OutOfTime: where none has draws.
+    """
+    for least in (_LEAST_DRAWS, 1):
+        if found := [chain for chain in chains if chain.num_draws >= least]:
+            return found
+    if not any(chain.out_of_time for chain in chains):
+        return chains
+    raise OutOfTime(f"on {max(chain.warmup for chain in chains)} steps of warm-up")
+
+
+def warmup_note(chains: Sequence[RecordedChain]) -> dict[str, int]:
+    """A note of the shortest warm-up that time ended; none where all came to their end."""
+    cut = [chain.warmup for chain in chains if chain.warmup_cut]
+    return {"warmup_cut": min(cut)} if cut else {}
+
+
+def _draw_on(kernel: HMC, chain: RecordedChain, num_samples: int) -> None:
+    """Draws of a kernel of Pyro's whose warm-up is not at its end, as Pyro makes them after it."""
+    kernel._warmup_steps = kernel._t
+    kernel._adapter._end_adaptation()
+    params = chain.params[-1]
+    kernel.clear_cache()
+    try:
+        with pyro.validation_enabled(False):
+            for index in range(num_samples):
+                params = kernel.sample(params)
+                chain.hook(kernel, params, "Sample", index)
+    except OutOfTime:
+        chain.out_of_time = True
+
+
 def stacked(
-    chains: Sequence[RecordedChain], transforms: Mapping[str, Any], part: slice
+    chains: Sequence[RecordedChain], transforms: Mapping[str, Any], stage: str, length: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Constrained values and stats of one phase, each (chain, draw, ...)."""
+    """Constrained values and stats, each (chain, draw, ...): of so many first draws, or last steps of the warm-up."""
+    params = [chain.params[chain.part(stage, length)] for chain in chains]
     values = {}
     for name in chains[0].params[0]:
-        value = torch.stack([torch.stack([step[name] for step in chain.params[part]]) for chain in chains])
+        value = torch.stack([torch.stack([step[name] for step in steps]) for steps in params])
         values[name] = transforms[name].inv(value).detach() if name in transforms else value
     if not chains[0].stats:
         return values, {}
     device = next(iter(values.values())).device if values else None
     stats = {
-        name: torch.tensor([[step[name] for step in chain.stats[part]] for chain in chains], device=device)
+        name: torch.tensor(
+            [[step[name] for step in chain.stats[chain.part(stage, length)]] for chain in chains], device=device
+        )
         for name in _STATS
     }
     stats["diverging"] = stats["diverging"].bool()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +14,18 @@ from pyro_ebm.errors import report
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.thresholds import MIN_STARTS, R_HAT_OF_DISAGREEMENT, above
 
-__all__ = ["listed", "report_chains", "worst_r_hat"]
+__all__ = ["early_text", "listed", "report_chains", "worst_r_hat"]
 
 _STUCK = 1e-3
 
 
-def report_chains(draws: Draws, *, strict: bool, interrupted: bool, max_divergences: float = 0.0) -> None:
+def report_chains(draws: Draws, *, strict: bool, early: str | None = None, max_divergences: float = 0.0) -> None:
     """Warn (raise with ``strict``) where chains diverged, never moved, disagree, or hold values that are not finite.
 
     Args:
         draws: of Markov chains.
         strict: raise instead of warn.
-        interrupted: whether the user stopped them.
+        early: what ended them before their number was reached, in words.
         max_divergences: share of diverged transitions that is let pass.
     """
     problems = []
@@ -56,10 +58,21 @@ def report_chains(draws: Draws, *, strict: bool, interrupted: bool, max_divergen
                 f"chains disagree (R-hat {above(worst, R_HAT_OF_DISAGREEMENT)}): run longer, start them from a good "
                 f'guide (init="importance", guide=...), or, where modes lie apart, use method="smc"'
             )
-    kept = [f"interrupted: kept {draws.num_chains} chain(s) of {draws.num_draws} draws"] if interrupted else []
+    kept = [f"{early}: kept {draws.num_chains} chain(s) of {draws.num_draws} draws"] if early else []
     told = "; ".join([*kept, *problems])
-    # An interruption alone is no reason to throw the draws away.
+    # An early end alone is no reason to throw the draws away.
     report(f"{draws.method}: {told}" if told else None, strict=strict and bool(problems))
+
+
+def early_text(notes: Mapping[str, Any], max_seconds: float | None) -> str | None:
+    """What ended chains, or their warm-up, before they were done, in words; None where nothing did."""
+    found = ["interrupted"] if notes.get("interrupted") else []
+    if notes.get("stopped") == "max_seconds":
+        limit = "the limit of time" if max_seconds is None else f"max_seconds={max_seconds:g}"
+        found.append(f"stopped by {limit}")
+    if (cut := notes.get("warmup_cut")) is not None:
+        found.append(f"the limit of time ended the warm-up after {cut} of {notes.get('warmup_steps')} steps")
+    return ", ".join(found) or None
 
 
 def _stuck(draws: Draws) -> str:

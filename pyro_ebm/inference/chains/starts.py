@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.errors import InputError
 from pyro_ebm.inference.chains.arguments import as_params, check_names
 from pyro_ebm.inference.chains.report import listed
 from pyro_ebm.inference.density.gradients import holes_in
@@ -167,7 +168,7 @@ def _check_finite(density: LogDensity, points: Tensor, rule: str, guide: Callabl
         else "no other way to start works either: check the model, its data and its energy"
     )
     how = "as given" if rule == "given" else f"found by init={rule!r}"
-    raise ValueError(
+    raise InputError(
         f"the density is zero or not finite at the starting points of chain(s) {chains}{where}, {how}; {remedy}"
     )
 

@@ -13,9 +13,18 @@ from pyro.poutine import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.deadline import time_left, time_limit
 from pyro_ebm.devices import one_thread
 from pyro_ebm.inference.chains.arguments import check_names, check_saved
-from pyro_ebm.inference.chains.recording import RecordedChain, distinct_starts, quiet_jit, stacked
+from pyro_ebm.inference.chains.recording import (
+    RecordedChain,
+    distinct_starts,
+    largest_part,
+    quiet_jit,
+    run_chain,
+    stacked,
+    warmup_note,
+)
 from pyro_ebm.inference.density.gradients import no_start
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.randomness import random_stream
@@ -46,7 +55,7 @@ class StockChains:
 
     Attributes:
         diagnostics: what the kernel says of each chain that came to its end.
-        interrupted: whether the user stopped them.
+        stopped: what ended them early, ``"interrupted"`` or ``"max_seconds"``.
     """
 
     kernel: MCMCKernel
@@ -62,7 +71,7 @@ class StockChains:
     keep_warmup: bool = False
     progress: bool = True
     diagnostics: list[dict[str, Any]] = field(default_factory=list)
-    interrupted: bool = False
+    stopped: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.initial_params, Tensor):
@@ -85,7 +94,7 @@ class StockChains:
             check_names(option, values, sites)  # type: ignore[arg-type]
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Draws:
-        """Draw; after Ctrl-C what is there."""
+        """Draw; after Ctrl-C, or where time ends it, what is there."""
         began = time.perf_counter()
         trace = self._prototype(args, kwargs)
         if trace is not None:
@@ -123,21 +132,27 @@ class StockChains:
                     disable_validation=self.disable_validation,
                     transforms=self.transforms,
                 )
-                mcmc.run(*args, **kwargs)
+                with time_limit(time_left() / (self.num_chains - index)):
+                    run_chain(mcmc, chain, *args, **kwargs)
             except KeyboardInterrupt:
-                self.interrupted = True
+                self.stopped = "interrupted"
+                return self._usable(chains, chain)
             except ValueError as error:
                 if "cannot find valid initial params" in str(error):  # all that Pyro says
                     raise ValueError(no_start(observed)) from error
                 raise
             finally:
                 chain.release(self.kernel)
-            if self.interrupted:
-                return self._usable(chains, chain)
-            self.transforms = mcmc.transforms
-            self.diagnostics.append(mcmc._diagnostics[0])
+            if self.transforms is None:
+                self.transforms = mcmc.transforms or getattr(self.kernel, "transforms", None) or {}
             chains.append(chain)
-        return chains
+            if chain.num_draws:
+                self.diagnostics.append(mcmc._diagnostics[0] or self.kernel.diagnostics())
+            if chain.out_of_time or chain.warmup_cut:  # Pyro cleans up where a chain comes to its end
+                self.kernel.cleanup()
+            if chain.out_of_time:
+                self.stopped = "max_seconds"
+        return largest_part(chains)
 
     def _usable(self, finished: list[RecordedChain], last: RecordedChain) -> list[RecordedChain]:
         if finished:
@@ -161,13 +176,13 @@ class StockChains:
         return {name: value.clone() if single else value[index].clone() for name, value in self.initial_params.items()}
 
     def _collect(self, chains: list[RecordedChain], name: str, seconds: float) -> Draws:
-        warm = max(chain.warmup for chain in chains)
+        warm = min(chain.warmup for chain in chains)
         length = min(chain.num_draws for chain in chains)
         check_saved(self.save_params, chains[0].params[0])
-        values, stats = self._part(chains, slice(warm, warm + length))
+        values, stats = self._part(chains, "draws", length)
         warmup = None
         if self.keep_warmup and warm:
-            early, early_stats = self._part(chains, slice(0, warm))
+            early, early_stats = self._part(chains, "warmup", warm)
             warmup = Draws(early, name, early_stats)
         return Draws(
             values=values,
@@ -181,12 +196,16 @@ class StockChains:
                 "num_samples": self.num_samples,
                 "warmup_steps": self.warmup_steps,
                 "vectorize": "sequential",
-                "interrupted": self.interrupted,
+                "interrupted": self.stopped == "interrupted",
+                **({} if self.stopped is None else {"stopped": self.stopped}),
+                **warmup_note(chains),
                 **distinct_starts(chains),
             },
         )
 
-    def _part(self, chains: list[RecordedChain], part: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        values, stats = stacked(chains, self.transforms or {}, part)
+    def _part(
+        self, chains: list[RecordedChain], stage: str, length: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        values, stats = stacked(chains, self.transforms or {}, stage, length)
         kept = values if self.save_params is None else {name: values[name] for name in self.save_params}
         return kept, stats

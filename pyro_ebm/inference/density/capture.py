@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_ebm.deadline import check_time
 from pyro_ebm.errors import InferenceError
 
 __all__ = ["Captured", "captured"]
@@ -35,6 +36,7 @@ class Captured:
         self._shapes: list[torch.Size] = []  # of one chain's results, once there are some
 
     def __call__(self, u: Tensor) -> tuple[Tensor, ...]:
+        check_time()
         with torch.no_grad():  # weights in the graph may ask for gradients
             try:
                 results = self._function(u)

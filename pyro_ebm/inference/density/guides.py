@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.errors import InputError
 from pyro_ebm.structure import latent_sites, leaf_of, sample_sites
 
 __all__ = ["by_way_of_others", "check_proposes", "check_supports"]
@@ -21,12 +22,12 @@ def check_proposes(sites: list[str], proposed: poutine.Trace) -> None:
     """A proposal must draw every latent site of the model.
 
     Raises:
-        ValueError: naming those that it does not.
+        InputError: naming those that it does not.
     """
     found = latent_sites(proposed)
     missing = [site for site in sites if site not in found]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"guide does not propose the latent site(s) {missing} (it has {sorted(found)}); "
             f"every latent site of the model needs a proposal"
         )
@@ -47,12 +48,12 @@ def check_supports(supports: Mapping[str, Constraint], proposed: poutine.Trace) 
         proposed: a run of the guide.
 
     Raises:
-        ValueError: naming a site that it proposes elsewhere.
+        InputError: naming a site that it proposes elsewhere.
     """
     for name, support in supports.items():
         fn = proposed.nodes[name]["fn"]
         if not isinstance(leaf_of(fn), Delta) and not _alike(fn.support, support, proposed.nodes[name]["value"]):
-            raise ValueError(
+            raise InputError(
                 f"the guide proposes site {name!r} from {type(leaf_of(fn)).__name__}, on {fn.support}, where the model "
                 f"has {support}: propose it on the model's support (LogNormal or Gamma for positive numbers, Beta for "
                 f"shares, TransformedDistribution for others)"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import check_time
 from pyro_ebm.inference.density.model_target import ModelTarget
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.tilts.distribution import TiltedDistribution
@@ -67,6 +68,7 @@ class LogDensity:
 
     def __call__(self, u: Tensor) -> Tensor:
         """Log density of each point; see the class for shapes."""
+        check_time()
         expected = (*self.batch, self.dim)
         if u.ndim < len(expected) or tuple(u.shape[u.ndim - len(expected) :]) != expected:
             raise ValueError(f"u must have shape (*chains, {', '.join(map(str, expected))}), got {tuple(u.shape)}")

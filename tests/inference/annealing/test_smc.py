@@ -330,19 +330,6 @@ def test_islands_that_disagree_and_particles_that_stay_are_named():
         run(prior, kernel=ULA, particles_per_island=32)
 
 
-def test_interrupted():
-    calls = []
-
-    def stop(u):
-        calls.append(1)
-        if len(calls) > 12:
-            raise KeyboardInterrupt
-        return -(u[..., 0] ** 4) if bool(u.sum() > -1e9) else u[..., 0]  # a branch: runs as it is
-
-    with pytest.raises(KeyboardInterrupt, match="interrupted at inverse temperature .* there are no draws yet"):
-        run(LogDensity(stop, 1))
-
-
 def test_errors():
     with pytest.raises(ValueError, match="particles_per_island must be a whole number of at least 2, got 1"):
         SMC(prior, particles_per_island=1)

@@ -21,21 +21,21 @@ def draws(values=None, *, chains=4, num=100, rate=0.8, diverging=0, data=()):
     return Draws({"z": values}, "nuts", stats=stats)
 
 
-def said(found, *, interrupted=False, **options):
+def said(found, *, early=None, **options):
     """The one warning, or nothing."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report_chains(found, strict=False, interrupted=interrupted, **options)
+        report_chains(found, strict=False, early=early, **options)
     assert len(caught) <= 1 and all(each.category is InferenceWarning for each in caught)
-    if caught and not interrupted:
+    if caught and early is None:
         with pytest.raises(InferenceError) as error:
-            report_chains(found, strict=True, interrupted=False, **options)
+            report_chains(found, strict=True, **options)
         assert str(error.value) == str(caught[0].message)
     return str(caught[0].message) if caught else ""
 
 
 def test_good_chains_are_passed_in_silence():
-    report_chains(draws(), strict=True, interrupted=False)
+    report_chains(draws(), strict=True)
     assert said(draws()) == ""
 
 
@@ -84,10 +84,10 @@ def test_everything_in_one_warning():
 
 
 def test_ctrl_c_is_said_and_is_no_error():
-    assert said(draws(num=3), interrupted=True) == "nuts: interrupted: kept 4 chain(s) of 3 draws"
-    assert "interrupted: kept 4 chain(s) of 100 draws; 3 of 400" in said(draws(diverging=3), interrupted=True)
+    assert said(draws(num=3), early="interrupted") == "nuts: interrupted: kept 4 chain(s) of 3 draws"
+    assert "interrupted: kept 4 chain(s) of 100 draws; 3 of 400" in said(draws(diverging=3), early="interrupted")
     with pytest.warns(InferenceWarning, match="interrupted"):
-        report_chains(draws(num=3), strict=True, interrupted=True)
+        report_chains(draws(num=3), strict=True, early="interrupted")
 
 
 def test_worst_r_hat():

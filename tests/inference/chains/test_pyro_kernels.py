@@ -32,7 +32,6 @@ from pyro_ebm import (
     tilt,
 )
 from pyro_ebm.chain_statistics import ess_bulk, mcse_mean
-from pyro_ebm.inference.chains import recording
 from pyro_ebm.inference.chains.report import report_chains
 
 # Runs as short as most of these often have an R-hat above 1.05.
@@ -421,19 +420,30 @@ def test_interrupting_the_second_chain_keeps_the_first(method, monkeypatch):
     assert torch.equal(part.values["z"], whole.values["z"][:1])
 
 
-def test_time_cuts_the_draws_and_not_the_warm_up(method, monkeypatch):
-    """A clock that strikes one with each look: a chain looks once a step, and each has its share of the time."""
-    whole = SAMPLERS[method](prior, **{**short, "num_samples": 40}, max_seconds=3600)
+def test_time_cuts_the_draws(method, monkeypatch):
+    """A clock that strikes one with each look: one a gradient and a step; each chain has its share of the time."""
     clock = SimpleNamespace(perf_counter=functools.partial(next, itertools.count()))
-    monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(recording, "time", clock)
-    part, least = (SAMPLERS[method](prior, **{**short, "num_samples": 40}, max_seconds=m) for m in (60, 1))
-    assert 10 < part.num_draws < 25 and least.num_draws == 4
-    assert [d.notes["stopped"] for d in (whole, part, least)] == ["num_samples", "max_seconds", "max_seconds"]
-    for draws in (part, least):
-        assert draws.num_chains == 2 and not draws.notes["interrupted"]
-        # The second chain draws from where the first left the stream.
-        assert torch.equal(draws.values["z"][0], whole.values["z"][0, : draws.num_draws])
+    monkeypatch.setattr("pyro_ebm.deadline.time", clock)
+    whole = SAMPLERS[method](prior, **{**short, "num_samples": 40}, max_seconds=10**6)
+    limit = int(0.7 * clock.perf_counter())
+    with pytest.warns(InferenceWarning, match=rf"{method}: stopped by max_seconds={limit:g}: kept 2 chain"):
+        part = SAMPLERS[method](prior, **{**short, "num_samples": 40}, max_seconds=limit)
+    assert 4 < part.num_draws < 40 and part.num_chains == 2 and not part.notes["interrupted"]
+    assert [draws.notes["stopped"] for draws in (whole, part)] == ["num_samples", "max_seconds"]
+    # The second chain draws from where the first left the stream.
+    assert torch.equal(part.values["z"][0], whole.values["z"][0, : part.num_draws])
+
+
+def test_time_cuts_the_warm_up(method, monkeypatch):
+    """The draws begin with what was learned, and chains whose warm-ups differ in length are one array."""
+    clock = SimpleNamespace(perf_counter=functools.partial(next, itertools.count()))
+    monkeypatch.setattr("pyro_ebm.deadline.time", clock)
+    with pytest.warns(InferenceWarning, match=r"the limit of time ended the warm-up after \d+ of 5000 steps"):
+        draws = SAMPLERS[method](prior, **{**short, "warmup_steps": 5000, "keep_warmup": True}, max_seconds=900)
+    assert draws.num_chains == 2 and draws.num_draws >= 4 and draws.notes["warmup_cut"] == draws.warmup.num_draws < 5000
+    assert not torch.equal(draws.values["z"][:, :-1], draws.values["z"][:, 1:])
+    with pytest.raises(InferenceError, match=r"max_seconds=9 was spent .*there are no draws yet"):
+        SAMPLERS[method](prior, **{**short, "warmup_steps": 5000}, max_seconds=9)
 
 
 def test_interrupting_the_warm_up_leaves_nothing_to_return(monkeypatch):
@@ -499,7 +509,7 @@ def test_chains_that_are_each_stuck():
         stats={"diverging": torch.zeros(2, 20, dtype=torch.bool), "acceptance_rate": torch.ones(2, 20)},
     )
     with pytest.warns(InferenceWarning, match="chains disagree"):
-        report_chains(draws, strict=False, interrupted=False)
+        report_chains(draws, strict=False)
 
 
 def test_good_draws_are_silent(method):
@@ -511,7 +521,7 @@ def test_good_draws_are_silent(method):
 def test_entries_that_never_vary_are_no_disagreement():
     values = {"chol": torch.tensor([[1.0, 0.0], [0.0, 1.0]]).expand(2, 100, 2, 2), "z": torch.randn(2, 100)}
     stats = {"diverging": torch.zeros(2, 100, dtype=torch.bool), "acceptance_rate": torch.ones(2, 100)}
-    report_chains(Draws(values=values, method="nuts", stats=stats), strict=True, interrupted=False)
+    report_chains(Draws(values=values, method="nuts", stats=stats), strict=True)
 
 
 def test_draws_that_run_away():
