@@ -225,7 +225,7 @@ def log_likelihood(
             ``DataLoader``. Has to be given.
         num_samples: draws per datum, K.
         log_z: log Z of the tilt and its error, where better known than from 100,000 draws of the base: what
-            ``log_normalizer(..., method="ais")`` returns.
+            ``log_normalizer(..., method="ais")`` returns. It is taken off whatever the tilt's ``normalize``.
         seed: a number for the same answer twice.
         batch_size: data per pass, to bound memory; a DataLoader has its own.
         model_kwargs: keyword arguments of model and guide, whatever their names, the same for all data.
@@ -256,7 +256,7 @@ def log_likelihood(
         log_weights = torch.cat([weights for _, weights in _data_draws(model, guide, calls, num_samples)], 1)
         value, se = importance_estimate(log_weights)
         log_z_se = torch.zeros_like(se)
-        if call is not None and (log_z is not None or call.tilted.normalize is not False):
+        if call is not None:  # with normalize=False too: without log Z it is no likelihood
             # A stream of its own: the two errors are added as independent ones.
             found = log_z
             if found is None:

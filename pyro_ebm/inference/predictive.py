@@ -14,6 +14,7 @@ from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.as_draws import as_draws, samples_as_draws
 from pyro_ebm.inference.chains.mcmc import MCMC
+from pyro_ebm.inference.density.summed_draws import draw_summed_out, summed_out_sites
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.resampled import resampled
 from pyro_ebm.keywords import passes_keywords
@@ -38,6 +39,7 @@ from pyro_ebm.tilts.normalizer import checked_energy
 __all__ = ["predictive"]
 
 _DEFAULT = 1000
+_FEW = 512  # draws at once where all values of discrete sites are tried
 _CHUNK = 4096  # draws of a run with 64 chains are many
 _OVERSAMPLING = 16
 _MIN_POOL = 2048  # resampling a small pool would follow the untilted model
@@ -57,7 +59,9 @@ def predictive(
 
     (``pyro.infer.Predictive`` runs a tilted model as if it had no tilt.) Without ``draws``: the joint
     prior predictive, by resampling forward runs with weights ``exp(-E)``. With ``draws``: the remaining sites are
-    drawn given each of them, in their order (chain after chain), so that rows belong to draws; weighted draws are
+    drawn given each of them, in their order (chain after chain), so that rows belong to draws (discrete ones that the
+    sampler summed out from their posterior, given the data among the arguments where these are the draws' own, or the
+    draws do not tell theirs; else as for new data); weighted draws are
     resampled first, the same way each time and as :func:`to_arviz` does it, so that rows belong to its draws.
 
     Args:
@@ -96,6 +100,7 @@ def predictive(
                     f"others they do not follow the model; draw them too, or leave draws=None"
                 )
             given = _rows(draws, num_samples)
+            given |= _summed_out(base, args, kwargs, given, draws.observed)
             return _forward(base, args, kwargs, len(next(iter(given.values()))), given=given)
         num_samples = _DEFAULT if num_samples is None else num_samples
         if call is not None:
@@ -112,6 +117,31 @@ def _rows(draws: Draws, num_samples: int | None) -> dict[str, Tensor]:
     wanted = total if num_samples is None else num_samples
     index = torch.arange(wanted, device="cpu") * total // wanted
     return {site: draws.flat(site)[index.to(value.device)] for site, value in draws.values.items()}
+
+
+def _summed_out(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    given: Mapping[str, Tensor],
+    data: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Draws of the discrete sites that a sampler has summed out, given its draws of the others and the data."""
+    sites = summed_out_sites(prototype_trace(model, args, kwargs), given, data)
+    if not sites:
+        return {}
+    total = len(next(iter(given.values())))
+    try:
+        parts = [
+            draw_summed_out(model, args, kwargs, {name: value[k : k + _FEW] for name, value in given.items()}, sites)
+            for k in range(0, total, _FEW)
+        ]
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"the discrete site(s) {sites} were summed out when the draws were made, and cannot be drawn given these "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}): give draws of them"
+        ) from error
+    return {site: torch.cat([part[site] for part in parts]) for site in sites}
 
 
 def _forward(

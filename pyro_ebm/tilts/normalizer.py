@@ -299,7 +299,9 @@ def log_z_key(base: Distribution, energy: Energy, name: str) -> int | None:
     if state is None or parameters is None:
         return None
     seen = [*state, *(value for value, _ in parameters), *_at_draws(base, energy, name)]
-    return fingerprint(seen, *current_stream(), tuple(base.batch_shape), torch.is_grad_enabled())
+    # The number goes with the tensors to another device, and its bits differ between precisions.
+    where = [(str(tensor.device), str(tensor.dtype)) for tensor in seen]
+    return fingerprint(seen, *current_stream(), tuple(base.batch_shape), torch.is_grad_enabled(), *where)
 
 
 def reported_log_mean_exp(log_weights: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class TiltedModel(nn.Module):
         the ones used longest ago go, or an argument that changes with each step would fill the memory.
         """
         leaves, spec = tree_flatten((args, kwargs))
-        key = (str(spec), *(leaf.shape if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves))
+        key = (str(spec), *map(_kind_of, leaves))
         found = self._structures.pop(key, None)
         if found is None:
             structure = model_structure(self.base_model, args, kwargs)
@@ -334,6 +334,11 @@ def _check_sites(wanted: list[str], present: tuple[str, ...] | list[str]) -> Non
             f"the model has no sample site {missing[0]!r} to tilt; "
             f"its sample sites are {sorted(set(present))}"
         )
+
+
+def _kind_of(argument: Any) -> object:
+    """What of an argument may decide how a model is built."""
+    return (argument.shape, argument.dtype, argument.device) if isinstance(argument, Tensor) else repr(argument)
 
 
 def _needs_forward(group: list[str], structure: ModelStructure) -> bool:

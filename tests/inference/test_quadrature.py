@@ -9,7 +9,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ebm import LinearEnergy, LogDensity, QuadraticEnergy, TiltedDistribution, quadrature, tilt
+from pyro_ebm import (
+    InferenceWarning,
+    LinearEnergy,
+    LogDensity,
+    QuadraticEnergy,
+    TiltedDistribution,
+    quadrature,
+    tilt,
+)
 
 
 def standard(d=2):
@@ -102,6 +110,7 @@ def test_bimodal_in_two_dimensions():
         (dist.LogNormal(0.3, 0.5), math.exp(0.3 + 0.125)),
         (dist.Beta(2.0, 5.0), 2 / 7),
         (dist.Gamma(0.7, 2.0), 0.35),
+        (dist.Gamma(0.5, 2.0), 0.25),
         (dist.Uniform(-1.0, 3.0), 1.0),
         (dist.HalfNormal(2.0), 2 * math.sqrt(2 / math.pi)),
         (dist.Dirichlet(torch.tensor([1.0, 2.0, 5.0])), [1 / 8, 2 / 8, 5 / 8]),
@@ -136,7 +145,8 @@ def test_posterior_and_evidence_of_a_normal_mean():
 
 
 def test_error_estimate_covers_a_coarse_grid():
-    draws = quadrature(dist.Normal(0.0, 1.0), num_points=9)
+    with pytest.warns(InferenceWarning, match="9 points along each axis do not resolve"):
+        draws = quadrature(dist.Normal(0.0, 1.0), num_points=9)
     error = abs(draws.log_z.value)
     assert 1e-4 < error < draws.log_z.se
     fine = quadrature(dist.Normal(0.0, 1.0))
@@ -213,3 +223,57 @@ def test_impossible_grids_are_refused(option, value):
 def test_wrong_target_is_refused():
     with pytest.raises(TypeError, match="target must be callable .a Pyro model., got int"):
         quadrature(3)
+
+
+def wide_model():
+    z = pyro.sample("z", dist.Normal(torch.tensor(800.0, dtype=torch.float64), 2.0))
+    pyro.sample("y", dist.Normal(z, 2.0), obs=torch.tensor(800.0, dtype=torch.float64))
+
+
+DOUBLE = {"dtype": torch.float64}
+FAR = {
+    "far": (dist.Normal(500.0, 1.0), 0.0, 500.0, 1.0),
+    "far_left": (dist.Normal(-5000.0, 1.0), 0.0, -5000.0, 1.0),
+    "very_far": (dist.Normal(torch.tensor(1e9, **DOUBLE), 1.0), 0.0, 1e9, 1.0),
+    "narrow": (dist.Normal(3.3, 1e-4), 0.0, 3.3, 1e-4),
+    "narrow_at_zero": (dist.Normal(0.0, 1e-9), 0.0, 0.0, 1e-9),
+    "far_and_narrow": (dist.Normal(torch.tensor(500.0, **DOUBLE), 1e-4), 0.0, 500.0, 1e-4),
+    "wide": (dist.Normal(0.0, 1000.0), 0.0, 0.0, 1000.0),
+    "positive": (dist.LogNormal(10.0, 0.01), 0.0, math.exp(10.00005), 220.28),
+    "share": (dist.Beta(1000.0, 1.0), 0.0, 1000 / 1001, 0.000997),
+    "tilted": (TiltedDistribution(dist.Normal(500.0, 1.0), LinearEnergy(2.0)), 1002.0, 502.0, 1.0),
+    "model": (wide_model, -math.log(2 * math.sqrt(4 * math.pi)), 800.0, math.sqrt(2)),
+    "two_dimensions": (dist.Normal(torch.tensor([300.0, -700.0]), 0.1).to_event(1), 0.0, [300.0, -700.0], [0.1, 0.1]),
+    "far_ridge": (
+        dist.MultivariateNormal(torch.tensor([300.0, -200.0], **DOUBLE), torch.tensor([[1, 0.9], [0.9, 1]], **DOUBLE)),
+        0.0, [300.0, -200.0], [1.0, 1.0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_far_and_narrow(name):
+    target, log_z, mean, sd = FAR[name]
+    draws = quadrature(target)
+    (site,) = draws.values
+    close(draws.log_z.value, log_z, 1e-3)
+    sd = torch.as_tensor(sd, dtype=torch.float64)
+    assert ((draws.mean(site).double() - torch.tensor(mean, **DOUBLE)).abs() < 0.01 * sd + 1e-6 * abs(sd)).all()
+    torch.testing.assert_close(draws.std(site).double(), sd, rtol=2e-3, atol=0.0)
+
+
+def test_what_the_grid_cannot_find_or_resolve_is_named():
+    with pytest.raises(ValueError, match=r"too narrow for float32 so far from zero, at \[100.*give the model numbers"):
+        quadrature(dist.Normal(1e5, 1.0))
+    ridge = dist.MultivariateNormal(torch.zeros(2, **DOUBLE), torch.tensor([[1, 0.99999], [0.99999, 1]], **DOUBLE))
+    with pytest.warns(InferenceWarning, match=r"1024 points along each axis do not resolve the density \(log Z"):
+        draws = quadrature(ridge)
+    assert float(draws.log_z.se) > 0.01 and draws.notes["grid"] == 1024
+    with pytest.warns(InferenceWarning, match=r"11 points along each axis do not resolve"):
+        quadrature(dist.Normal(0.0, 1.0), num_points=11)
+
+
+def test_a_mass_that_is_never_found(monkeypatch):
+    monkeypatch.setattr("pyro_ebm.inference.quadrature._ZOOMS", 2)
+    with pytest.raises(ValueError, match="the grid does not find the mass of the density, last sought in"):
+        quadrature(dist.Normal(500.0, 1.0))

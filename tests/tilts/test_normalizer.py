@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -16,12 +17,15 @@ from pyro_ebm import (
     LinearEnergy,
     Normalizer,
     QuadraticEnergy,
+    TiltedDistribution,
+    tilt,
 )
 from pyro_ebm.energies import as_energy, gaussian_log_normalizer
 from pyro_ebm.estimates import importance_estimate, log_mean_exp
 from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
 from pyro_ebm.tilts.normalizer import (
     base_parameters,
+    log_z_key,
     log_z_through,
     sampled_log_normalizer,
     score_term,
@@ -476,3 +480,44 @@ def test_what_watches_log_z_does_so_in_its_block_and_thread_only():
         raise KeyError
     assert other == [plain] and len(heard) == 2
     assert log_z() == plain and len(heard) == 2
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it lies on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+
+def test_a_number_is_kept_for_one_device_and_precision():
+    energy = torch.nn.Module()
+    energy.register_buffer("a", torch.zeros(2))
+    energy.forward = lambda value: (value * 0).sum(-1)
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    keys = {log_z_key(base, as_energy(energy), "z")}
+    energy.a = energy.a.as_subclass(Elsewhere)
+    keys.add(log_z_key(base, as_energy(energy), "z"))
+    energy.a = torch.zeros(1, dtype=torch.float64)  # the same bits
+    keys.add(log_z_key(base, as_energy(energy), "z"))
+    assert len(keys) == 3 and None not in keys
+
+
+@pytest.mark.parametrize("kind", ["tilt", "TiltedDistribution"])
+def test_log_z_has_the_precision_of_its_inputs(kind):
+    """One object, asked in single and in double precision by turns."""
+    energy = LinearEnergy([0.5, -0.5])
+
+    def model(x):
+        return pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    tilted = tilt(model, {"z": energy})
+    single, double = (torch.zeros(2, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    for x in (single, double, single):
+        distribution = TiltedDistribution(dist.Normal(x, 1.0).to_event(1), energy)
+        with torch.no_grad():
+            if kind == "tilt":
+                found = pyro.poutine.trace(tilted).get_trace(x).nodes["z_tilt"]["fn"].log_factor
+            else:
+                found = distribution.log_prob(x)
+        assert found.dtype == x.dtype

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from opt_einsum import shared_intermediates
 from pyro import poutine
@@ -19,18 +20,19 @@ from torch import Tensor
 from pyro_ebm.structure import Batch, BatchedModel, Layout, latent_sites, sample_sites
 from pyro_ebm.structure.batched import unvalidated
 
-__all__ = ["enumerable_sites", "summed_out"]
+__all__ = ["SummedOut", "enumerable_sites", "summed_out"]
 
 _WAYS = ("vmap",)  # in a plate of chains, enumerated dims would have to lie left of it
 
 
-def enumerable_sites(trace: poutine.Trace) -> list[str]:
-    """The discrete latent sites of a trace.
+def enumerable_sites(trace: poutine.Trace, known: Collection[str] = ()) -> list[str]:
+    """The discrete latent sites of a trace, but those known.
 
     Raises:
         ValueError: one that has no finite list of values.
     """
-    discrete = {name: site["fn"] for name, site in latent_sites(trace).items() if site["fn"].support.is_discrete}
+    latent = {name: site["fn"] for name, site in latent_sites(trace).items() if name not in known}
+    discrete = {name: fn for name, fn in latent.items() if fn.support.is_discrete}
     for name, fn in discrete.items():
         if not fn.has_enumerate_support:
             raise ValueError(
@@ -49,7 +51,7 @@ def summed_out(
     layout: Layout,
     sites: Sequence[str],
     prior: bool = False,
-) -> BatchedModel:
+) -> SummedOut:
     """The model as a function of its continuous sites, for many values of them at once.
 
     Args:
@@ -63,7 +65,7 @@ def summed_out(
     """
     continuous = tuple(name for name in layout.latent if name not in sites)
     known = dataclasses.replace(layout, latent=continuous)
-    found = _SummedOut(model, args, kwargs, vectorize=vectorize, ways=_WAYS, layout=known, returned=())
+    found = SummedOut(model, args, kwargs, vectorize=vectorize, ways=_WAYS, layout=known, returned=())
     found.prior = prior
     return found
 
@@ -82,7 +84,7 @@ class _Structure(NamedTuple):
     summed: set[str]
 
 
-class _SummedOut(BatchedModel):
+class SummedOut(BatchedModel):
     """Runs return packed log probabilities, which are contracted for all chains at once: a plate around everything."""
 
     prior = False
@@ -117,6 +119,23 @@ class _SummedOut(BatchedModel):
     def _run(self, way: str, values: Mapping[str, Tensor], num: int, *rest: Any) -> Batch:
         batch = super()._run(way, values, num, *rest)
         return Batch({}, {"summed out": self._contracted(batch.measured)}, batch.way)
+
+    def marginal(self, values: Mapping[str, Tensor], site: str) -> Tensor:
+        """Probabilities of the values of a discrete site given those of the continuous ones, (num, *plates, states).
+
+        Args:
+            values: site -> (num, *site_shape), of all continuous sites.
+            site: the first discrete one, whose log probability depends on no other that is summed out.
+        """
+        with pyro.validation_enabled(False):
+            packed = super()._run("vmap", values, len(next(iter(values.values()))), ()).measured
+        packed = {name: value.detach() for name, value in packed.items()}
+        with torch.enable_grad():
+            logs = packed[site].requires_grad_()
+            (grad,) = torch.autograd.grad(self._contracted(packed).sum(), logs)
+        letters = self._structure.letters[site]
+        own = [place for place, letter in enumerate(letters, 1) if letter in self._structure.summed]
+        return grad.movedim(own[0], -1) if own else grad[..., None]  # of size one, no letter
 
     def _contracted(self, packed: Mapping[str, Tensor]) -> Tensor:
         """(chains, *packed) by site, to (chains,)."""
