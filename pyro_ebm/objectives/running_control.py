@@ -10,7 +10,7 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_ebm.tilts.normalizer import log_z_through
+from pyro_ebm.tilts.listeners import log_z_through
 
 __all__ = ["RunningControl"]
 

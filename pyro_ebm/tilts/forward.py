@@ -15,7 +15,8 @@ from pyro_ebm.energies import Energy
 from pyro_ebm.modules import modules_of
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import BatchedModel, ModelStructure, event_dim_of, unconditioned
-from pyro_ebm.tilts.normalizer import Normalizer, checked_energy, reported_log_mean_exp, score_term
+from pyro_ebm.tilts.listeners import reported_log_mean_exp
+from pyro_ebm.tilts.normalizer import Normalizer, checked_energy, score_term
 from pyro_ebm.tilts.streams import enough, hides_nothing, log_z_seed, seen_at_draws
 
 __all__ = ["forward_log_normalizer", "forward_log_weights", "forward_way"]

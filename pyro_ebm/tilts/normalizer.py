@@ -4,28 +4,14 @@ The draws belong to a random stream of their own (``streams.py``). ``fit`` choos
 its validations; elsewhere its seed is a function of the tilt: new weights, new draws; the same weights, the same
 number. So a training step sees fresh draws, a sampler that moves only ``v`` sees a constant, a run can be resumed
 exactly, and the global generator is never touched.
-
-Training watches these estimates, wherever in a user's model they are made: in a tilted model, in a
-``TiltedDistribution`` that the model builds at each call, in several of them. No object that could be handed along
-reaches all of these, so two context variables do, each for the time of a ``with`` block, in its own thread only:
-
-* ``weights_reported_to(listener)``: ``fit`` lets its ``WeightGuard`` see the log weights of each estimate of a step;
-  nothing changes.
-* ``log_z_through(control)``: ``RunningControl`` puts its function between each log Z and the loss, and changes the
-  gradient of log Z by it.
-
-Both act in ``reported_log_mean_exp`` and nowhere else: what is summed exactly, and estimates for their own sake
-(``log_normalizer``), do not pass there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
@@ -41,6 +27,7 @@ from pyro_ebm.estimates import Estimate, importance_estimate, log_mean_exp
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.structure import unmasked
 from pyro_ebm.thresholds import weights_problem
+from pyro_ebm.tilts.listeners import reported_log_mean_exp
 from pyro_ebm.tilts.streams import current_stream, enough, hides_nothing, log_z_seed, seen_at_draws
 
 __all__ = [
@@ -52,14 +39,11 @@ __all__ = [
     "enumerated",
     "is_exchangeable",
     "log_z_key",
-    "log_z_through",
-    "reported_log_mean_exp",
     "sampled_log_normalizer",
     "score_term",
     "site_log_normalizer",
     "site_log_weights",
     "warn_if_unreliable",
-    "weights_reported_to",
 ]
 
 METHODS = ("importance", "qmc")
@@ -302,37 +286,6 @@ def log_z_key(base: Distribution, energy: Energy, name: str) -> int | None:
     # The number goes with the tensors to another device, and its bits differ between precisions.
     where = [(str(tensor.device), str(tensor.dtype)) for tensor in seen]
     return fingerprint(seen, *current_stream(), tuple(base.batch_shape), torch.is_grad_enabled(), *where)
-
-
-def reported_log_mean_exp(log_weights: Tensor) -> Tensor:
-    """``log mean exp`` of the log weights (draws, *batch) of a log Z, told to whoever listens to these."""
-    if (listener := _listener.get()) is not None:
-        listener(log_weights.detach())
-    value, control = log_mean_exp(log_weights), _control.get()
-    return value if control is None else control(value)
-
-
-_listener: ContextVar[Callable[[Tensor], None] | None] = ContextVar("listener to the weights of log Z", default=None)
-_control: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("what log Z goes through", default=None)
-
-
-def weights_reported_to(listener: Callable[[Tensor], None]) -> AbstractContextManager[None]:
-    """Within this block ``listener`` gets the log weights (draws, *batch) of each log Z that is sampled for a model."""
-    return _during(_listener, listener)
-
-
-def log_z_through(control: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-    """Within this block each log Z that is sampled for a model, (*batch), is what ``control`` makes of it."""
-    return _during(_control, control)
-
-
-@contextmanager
-def _during(variable: ContextVar[Any], value: Any) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
 
 
 def sampled_log_normalizer(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.errors import CheckpointError
-from pyro_ebm.tilts.normalizer import weights_reported_to
+from pyro_ebm.tilts.listeners import weights_reported_to
 from pyro_ebm.tilts.streams import log_z_stream
 from pyro_ebm.training.checkpoints import load_into, require_match, weights_of, write
 from pyro_ebm.training.data import Tensors

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import pyro_ebm.inference.importance as module
 from pyro_ebm import (
     VAE,
     InferenceError,

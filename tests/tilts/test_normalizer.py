@@ -23,15 +23,14 @@ from pyro_ebm import (
 from pyro_ebm.energies import as_energy, gaussian_log_normalizer
 from pyro_ebm.estimates import importance_estimate, log_mean_exp
 from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
+from pyro_ebm.tilts.listeners import log_z_through, weights_reported_to
 from pyro_ebm.tilts.normalizer import (
     base_parameters,
     log_z_key,
-    log_z_through,
     sampled_log_normalizer,
     score_term,
     site_log_normalizer,
     site_log_weights,
-    weights_reported_to,
 )
 
 

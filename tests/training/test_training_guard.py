@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pyro_ebm import Checkpoint, LinearEnergy, MLPEnergy, Normalizer, TiltELBO, TrainingWarning, fit, tilt
-from pyro_ebm.tilts.normalizer import site_log_normalizer, weights_reported_to
+from pyro_ebm.tilts.listeners import weights_reported_to
+from pyro_ebm.tilts.normalizer import site_log_normalizer
 from pyro_ebm.training.guard import DegenerateWeightsError, WeightGuard
 
 
