@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from pyro_ebm.checks import is_whole_number
+from pyro_ebm.entry import alone
 
 __all__ = ["fingerprint", "forked_rng", "one_source", "random_seed", "random_stream", "streams"]
 
@@ -54,7 +55,8 @@ def forked_rng(seed: int | None) -> Iterator[None]:
     """
     seed = None if seed is None else _checked(seed)
     on_gpu = torch.cuda.is_initialized()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else []):
+    # The generators are those of all threads: another one would draw from this stream, and lose its own.
+    with alone(), torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else []):
         if seed is not None:
             # Not torch.manual_seed: before CUDA is initialized it leaves a seed there that outlives the fork.
             torch.default_generator.manual_seed(seed)

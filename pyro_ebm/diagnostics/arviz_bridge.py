@@ -22,6 +22,7 @@ from pyro_ebm.diagnostics.arviz_groups import (
     split_prior,
     without_known,
 )
+from pyro_ebm.entry import entry
 from pyro_ebm.inference.as_draws import as_draws
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.pointwise import ModelSites, model_sites, pointwise
@@ -36,6 +37,7 @@ __all__ = ["to_arviz"]
 Arrays = Mapping[str, "Tensor | np.ndarray"]
 
 
+@entry(of_model=False)
 def to_arviz(
     draws: Any,
     *,

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from pyro_ebm.checks import whole_number
 from pyro_ebm.diagnostics.moments import component_names, components, is_exact, worth
 from pyro_ebm.diagnostics.ranks import Calibration
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import InferenceError, InferenceWarning, warn_user
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.predictive import predictive
@@ -44,6 +45,7 @@ _GIVE_UP = 5
 Quantity = Callable[[dict[str, Tensor]], Tensor]
 
 
+@entry(gradients=True)
 @passes_keywords()
 def calibrate(
     model: Callable[..., Any],

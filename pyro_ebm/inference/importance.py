@@ -15,10 +15,11 @@ from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import limited
 from pyro_ebm.display import describe_log_likelihood, log_likelihood_as_html
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import interruption_told, report, warn_user
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.draws import Draws, Source
-from pyro_ebm.inference.importance_sampler import CHUNK, ImportanceSampler, drawn_in_time
+from pyro_ebm.inference.importance_sampler import CHUNK, ImportanceSampler, drawn_in_time, early_text
 from pyro_ebm.keywords import passes_keywords, sorted_keywords
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import random_stream
@@ -67,6 +68,7 @@ class LogLikelihood(NamedTuple):
         return log_likelihood_as_html(self)
 
 
+@entry()
 @passes_keywords()
 def importance(
     model: Callable[..., Any],
@@ -114,8 +116,9 @@ def importance(
     options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "vectorize": vectorize}
     with limited(max_seconds):
         draws, problem = weighed(model, guide, args, dict(model_kwargs or {}), **options)
+    told = filter(None, [early_text(draws.notes, num_samples), problem])
     # An early end alone is no reason to throw the draws away.
-    report("; ".join(filter(None, [_early_text(draws, num_samples), problem])), strict=strict and problem is not None)
+    report("; ".join(told), strict=strict and problem is not None)
     return draws
 
 
@@ -166,13 +169,6 @@ def weighed(
     return draws, problem
 
 
-def _early_text(draws: Draws, num_samples: int) -> str | None:
-    if "stopped" not in draws.notes:
-        return None
-    why = "interrupted" if draws.notes["interrupted"] else "stopped by the limit of time"
-    return f"snis: {why} after {draws.num_draws} of {num_samples} draws"
-
-
 def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
     """Normalized log weights, their Pareto k, and what is wrong with them in words (or None)."""
     bad = log_weights.isnan() | (log_weights == math.inf)
@@ -200,6 +196,7 @@ def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
     )
 
 
+@entry()
 def log_likelihood(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -327,6 +324,7 @@ def _log_normalizer(model: Callable[..., Any], calls: Sequence[Call], seed: int 
     return Estimate(*(torch.cat(column) for column in zip(*expanded, strict=True)))
 
 
+@entry()
 def posterior_draws(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -35,7 +35,7 @@ from pyro_ebm.structure import (
     within_support,
 )
 
-__all__ = ["CHUNK", "ImportanceSampler", "drawn_in_time"]
+__all__ = ["CHUNK", "ImportanceSampler", "drawn_in_time", "early_text"]
 
 CHUNK = 4096  # draws at once
 _FEW = 8  # draws on which the ways to run model and guide are tried
@@ -178,3 +178,11 @@ def _pace(sampler: ImportanceSampler) -> float:
     with forked_rng(0):
         sampler.draw(_TIMED)
     return (time.perf_counter() - began) / _TIMED
+
+
+def early_text(notes: Mapping[str, Any], num_samples: int) -> str | None:
+    """What ended the draws before all were made, in words; None where nothing did."""
+    if "stopped" not in notes:
+        return None
+    why = "interrupted" if notes["interrupted"] else "stopped by the limit of time"
+    return f"snis: {why} after {notes['num_samples']} of {num_samples} draws"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.as_draws import as_draws, samples_as_draws
 from pyro_ebm.inference.chains.mcmc import MCMC
@@ -45,6 +46,7 @@ _OVERSAMPLING = 16
 _MIN_POOL = 2048  # resampling a small pool would follow the untilted model
 
 
+@entry()
 @passes_keywords()
 def predictive(
     model: Callable[..., Any],

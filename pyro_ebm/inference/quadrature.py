@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import warn_user
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.density.log_density import LogDensity
@@ -37,6 +38,7 @@ def as_log_density(target: Any, *args: Any, **kwargs: Any) -> LogDensity:
     return LogDensity.from_model(target, *args, **kwargs)
 
 
+@entry()
 @passes_keywords()
 @torch.no_grad()
 def quadrature(

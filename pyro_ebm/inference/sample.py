@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import check_seconds
+from pyro_ebm.entry import entry
 from pyro_ebm.inference.annealing.smc import SMC
 from pyro_ebm.inference.annealing.tempering import Annealing
 from pyro_ebm.inference.auto import auto
@@ -46,6 +47,7 @@ def _options_of(given: Mapping[str, Any]) -> tuple[str, frozenset[str], frozense
     return f'method="{method}"', frozenset(_known(method) | _OF_SAMPLE), frozenset().union(*map(_known, METHODS))
 
 
+@entry(gradients=True)
 @passes_keywords(_options_of)
 def sample(
     model: Callable[..., Any],

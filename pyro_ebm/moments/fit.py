@@ -12,6 +12,7 @@ from torch.distributions import Distribution, biject_to
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy, as_energy
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import InfeasibleError, InferenceError, InferenceWarning, report
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
@@ -67,6 +68,7 @@ class MomentFit:
     num_rounds: int
 
 
+@entry(gradients=True, of_model=False)
 def fit_moments(
     base: Distribution,
     energy: MomentEnergy,

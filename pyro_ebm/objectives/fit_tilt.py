@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import TrainingWarning, warn_user
 from pyro_ebm.inference.annealing.log_normalizer import log_normalizer
 from pyro_ebm.inference.importance import Data, posterior_draws
@@ -41,6 +42,7 @@ _FEWEST_STEPS = 200  # before the gain is asked whether it moves
 _PLEASANT = ("epochs", "flat")
 
 
+@entry(gradients=True)
 def fit_tilt(
     model: TiltedModel,
     guide: Callable[..., Any],

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from pyro_ebm.display import number, table
 from pyro_ebm.energies import Energy, as_energy
+from pyro_ebm.entry import entry
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import modules_of, name_of, register_for_svi
@@ -187,6 +188,7 @@ class TiltedModel(nn.Module):
                 found[group[0]] = self._site_log_z(group[0])
         return found
 
+    @entry(of_model=False)
     @passes_keywords()
     @torch.no_grad()
     def log_normalizer(

@@ -17,6 +17,7 @@ from torch import nn
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.display import number, table
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import TrainingWarning, warn_user
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.modules import modules_of, name_of, own_parameters
@@ -97,6 +98,7 @@ def _shown_losses(losses: list[float], kept_epoch: int) -> list[str]:
     return [number(loss) for loss in (losses[0] if losses else math.nan, kept, losses[-1] if losses else math.nan)]
 
 
+@entry(gradients=True)
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import STOPS, finishing, limited, stopped_by
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import InferenceError, interruption_told, report
 from pyro_ebm.estimates import BoundedEstimate, log_mean_exp
 from pyro_ebm.inference.annealing.population import Pace, Population, anneal
@@ -29,6 +30,7 @@ _BISECTIONS = 80
 _MAX_GAP = 1.0  # nats between the bounds
 
 
+@entry(gradients=True)
 @passes_keywords()
 def annealed_importance(
     target: Any,

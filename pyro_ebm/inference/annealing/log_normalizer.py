@@ -14,6 +14,7 @@ from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_ebm.deadline import limited
 from pyro_ebm.energies import Energy, as_energy
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import report
 from pyro_ebm.estimates import BoundedEstimate, Estimate
 from pyro_ebm.inference.annealing.ais import annealed_importance, bridge
@@ -35,6 +36,7 @@ _GROUPS = 16
 _LEAST_OVERLAP = 50.0  # draws
 
 
+@entry(of_model=False)
 def log_normalizer(
     base: Distribution,
     energy: Energy | Callable[[Tensor], Tensor],

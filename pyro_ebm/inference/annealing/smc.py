@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import check_seconds, finishing, limited
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import interruption_told, report
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.annealing.population import Pace, Population, anneal
@@ -105,6 +106,7 @@ class SMC:
         self.particles_per_island, self.num_islands = particles_per_island, num_islands
         self.seed, self.progress, self.strict, self.max_seconds = seed, progress, strict, max_seconds
 
+    @entry(gradients=True)
     def run(self, *args: Any, **kwargs: Any) -> Draws:
         """Carry the particles from the base to the target.
 

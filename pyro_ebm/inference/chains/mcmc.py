@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import OutOfTime, check_seconds, finishing, limited
+from pyro_ebm.entry import entry
 from pyro_ebm.errors import interruption_told
 from pyro_ebm.inference.chains.arguments import (
     as_params,
@@ -169,6 +170,7 @@ class MCMC:
         chains = f"{self.num_chains} chain{'s' * (self.num_chains != 1)}"
         return f"MCMC({type(self.kernel).__name__}, {chains} x {self.num_samples} samples, {state})"
 
+    @entry(gradients=True)
     def run(self, *args: Any, **kwargs: Any) -> Draws:
         """Warm up and draw.
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import check_seconds, limited, time_left, time_limit
 from pyro_ebm.devices import one_thread
+from pyro_ebm.entry import entry
 from pyro_ebm.inference.chains.recording import (
     CountedPotential,
     RecordedChain,
@@ -44,6 +45,7 @@ from pyro_ebm.structure import (
 __all__ = ["pyro_hmc", "pyro_nuts"]
 
 
+@entry(gradients=True)
 @passes_keywords()
 def pyro_nuts(
     model: Callable[..., Any],
@@ -110,6 +112,7 @@ def pyro_nuts(
     return run(model, args, dict(model_kwargs or {}), init=init, guide=guide, jit_compile=jit_compile)
 
 
+@entry(gradients=True)
 @passes_keywords()
 def pyro_hmc(
     model: Callable[..., Any],

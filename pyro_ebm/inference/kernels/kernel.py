@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.entry import entry
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.density.model_target import VECTORIZE
 from pyro_ebm.inference.kernels.pyro_options import Adapted, Blocks, check_full_mass, warn_of_ignored
@@ -205,6 +206,7 @@ class Kernel(ABC):
         """What a run found, for users to read; no run begins from it."""
         self.__dict__.setdefault("_found", {}).update(found)
 
+    @entry(gradients=True)
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Get ready to move a single chain by hand, as Pyro's kernels do: then :meth:`sample`.
 
@@ -218,6 +220,7 @@ class Kernel(ABC):
         chain = OneChain(self, warmup_steps, args, kwargs, self.__dict__.get("_found", {}).get("start"))
         self.remember(initial_params=chain.start, chain=chain, **chain.found())
 
+    @entry(gradients=True)
     def sample(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One step of the single chain, from unconstrained values by site to the next ones; :meth:`setup` first."""
         chain: OneChain = self._of_last_run("chain")
