@@ -41,6 +41,7 @@ __all__ = ["predictive"]
 
 _DEFAULT = 1000
 _FEW = 512  # draws at once where all values of discrete sites are tried
+_LOOPS = 64  # at once where the model is run for one draw after another, so that Ctrl-C loses few
 _CHUNK = 4096  # draws of a run with 64 chains are many
 _OVERSAMPLING = 16
 _MIN_POOL = 2048  # resampling a small pool would follow the untilted model
@@ -79,7 +80,7 @@ def predictive(
         **kwargs: the same, where no option has their name.
 
     Returns:
-        site -> tensor (num_samples, *site_shape).
+        site -> tensor (num_samples, *site_shape); after Ctrl-C the draws so far, with a warning.
 
     Raises:
         ValueError: where a tilted site is not among ``draws`` (given the others its distribution is not the model's);
@@ -167,10 +168,18 @@ def _forward(
         check_simulates(trace, "the prior predictive", "sample the latent sites and pass draws=")
     _check_no_chains(given or {}, Layout.of(trace).shapes)
     runs = BatchedModel(free, args, kwargs, layout=Layout.of(trace))
-    if given is None:
-        return runs.run(None, num_samples, measure=nothing).values
-    pieces = [{site: value[k : k + _CHUNK] for site, value in given.items()} for k in range(0, num_samples, _CHUNK)]
-    parts = [runs.run(piece, measure=nothing).values for piece in pieces]
+    looped = runs.choose(given) == "loop"
+    size = _LOOPS if looped else num_samples if given is None else _CHUNK
+    parts: list[dict[str, Tensor]] = []
+    try:
+        for k in range(0, num_samples, size):
+            piece = {site: value[k : k + size] for site, value in (given or {}).items()}
+            parts.append(runs.run(piece, min(size, num_samples - k), measure=nothing).values)
+    except KeyboardInterrupt:
+        if not parts:
+            raise KeyboardInterrupt("interrupted before any draws were made: there are no draws yet") from None
+        done = sum(len(next(iter(part.values()))) for part in parts)
+        warn_user(f"predictive: interrupted after {done} of {num_samples} draws, which are returned")
     return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
 

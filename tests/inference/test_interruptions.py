@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,6 +18,7 @@ from pyro_ebm import (
     annealed_importance,
     importance,
     log_normalizer,
+    predictive,
     sample,
 )
 
@@ -71,6 +74,10 @@ AIS = {"chains_per_group": 16, "num_groups": 4, "progress": False, "seed": 0}
 LONG = {
     "importance": lambda: importance(one_by_one, num_samples=500, seed=0),
     "snis": lambda: sample(one_by_one, method="snis", num_samples=500, seed=0),
+    "predictive": lambda: SimpleNamespace(value=predictive(one_by_one, num_samples=500, seed=0)["y"]),
+    "predictive of draws": lambda: SimpleNamespace(
+        value=predictive(one_by_one, draws={"z": torch.zeros(500, 2)}, num_samples=500, seed=0)["y"]
+    ),
     "auto": lambda: sample(one_by_one, seed=0, progress=False),
     "smc": lambda: SMC(LogDensity(slow, 2), **SMALL).run(),
     "ais": lambda: annealed_importance(LogDensity(slow, 2), **AIS),
@@ -83,16 +90,17 @@ BASE = dist.Normal(torch.zeros(2), 1.0).to_event(1)
 @pytest.mark.parametrize("name", LONG)
 def test_what_was_done_is_returned(name, monkeypatch):
     """Ctrl-C in the middle, as the model or its density runs."""
-    where = "structure.batched" if name in ("importance", "snis", "auto") else "inference.density.capture"
+    runs_models = name in ("importance", "snis", "auto", "predictive", "predictive of draws")
+    where = "structure.batched" if runs_models else "inference.density.capture"
     calls = []
 
     def stop():
         calls.append(1)
-        if len(calls) == 25:
+        if len(calls) == (110 if runs_models else 25):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(f"pyro_ebm.{where}.check_time", stop)
     with pytest.warns(InferenceWarning, match="interrupted"):
         found = LONG[name]()
     values = found.values.values() if hasattr(found, "values") else (found.value,)
-    assert all(bool(value.isfinite().all()) for value in values) and len(calls) >= 25
+    assert all(bool(value.isfinite().all()) for value in values) and len(calls) > 20
