@@ -173,14 +173,14 @@ class _Job:
         data = data if rows is None else tuple(part[rows.to(part.device)] for part in data)
         num, self.moving = len(data[0]), None
         batch_size = min(self.batch_size, num)
-        epochs = self._epochs(num) if epochs is None else epochs
-        epochs = min(epochs, _ended_after(checkpoint) or epochs)
+        most = self._epochs(num) if epochs is None else epochs
+        epochs = min(most, _ended_after(checkpoint) or most)
 
         def schedule(optimizer: torch.optim.Optimizer) -> Any:
             if self.tolerance is None:
-                return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+                return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=most)
             fewest = math.ceil(_FEWEST_STEPS / math.ceil(num / batch_size))
-            self.moving = UntilFlat(optimizer, epochs=epochs, tolerance=self.tolerance / num, fewest=fewest)
+            self.moving = UntilFlat(optimizer, epochs=most, tolerance=self.tolerance / num, fewest=fewest)
             return self.moving
 
         def after_epoch(state: EpochEnd) -> None:

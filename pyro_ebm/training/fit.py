@@ -220,7 +220,7 @@ def fit(
                 keep=keep, shares=surveyed.shares,
                 batch_size=batch_size, clip_grad_norm=clip_grad_norm, seed=seed, named=train is not None,
                 scheduler=_make_scheduler(scheduler, made),
-                frozen=[m for m in found if not any(p.requires_grad for p in m.parameters())],
+                found=found,
             )  # fmt: skip
             if saved and kept:
                 run.load(saved, str(kept.path))

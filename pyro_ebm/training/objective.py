@@ -12,6 +12,8 @@ import torch
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
+from pyro_ebm.training.identity import description
+
 __all__ = ["Objective"]
 
 
@@ -45,6 +47,7 @@ class Objective:
             )
         self.given, self.name = objective, name
         self.args = (model, guide)
+        self.description = description(objective)
         self._is_elbo = is_elbo
         self._loss = getattr(objective, "differentiable_loss", None) if is_elbo else objective
         self._measure = getattr(objective, "validation", None)

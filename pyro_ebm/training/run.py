@@ -19,6 +19,13 @@ from pyro_ebm.tilts.streams import log_z_stream
 from pyro_ebm.training.checkpoints import load_into, require_match, weights_of, write
 from pyro_ebm.training.data import Tensors
 from pyro_ebm.training.guard import WeightGuard, require_finite
+from pyro_ebm.training.identity import (
+    description,
+    differences,
+    frozen_weights,
+    settings_of_modules,
+    settings_of_optimizer,
+)
 from pyro_ebm.training.minibatch import Shares, num_data_of
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.saved_run import require_possible
@@ -92,7 +99,7 @@ class Run:
         clip_grad_norm: largest norm of a gradient, or None.
         seed: of the order of the data.
         named: whether the user named the modules, so that each must matter to the loss.
-        frozen: modules that must stay in ``eval()`` mode.
+        found: modules behind model and guide; those of which nothing learns stay in ``eval()`` mode.
         scheduler: of the learning rate, stepped after each epoch, or None.
     """
 
@@ -109,7 +116,7 @@ class Run:
         clip_grad_norm: float | None,
         seed: int,
         named: bool,
-        frozen: Sequence[nn.Module] = (),
+        found: Sequence[nn.Module] = (),
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
         self.groups, self.optimizer, self.scheduler = groups, optimizer, scheduler
@@ -125,9 +132,18 @@ class Run:
         self.progress = Progress()
         self.guard = WeightGuard(data.num_batches(batch_size))
         self.best = weights_of(self.trained)
-        self._named, self._frozen = named, frozen
+        self._named, self._found = named, list(found)
+        self._frozen = [m for m in found if not any(p.requires_grad for p in m.parameters())]
         self._resumable: dict[str, Any] = {}
         self._fixed: dict[str, Any] = {}
+        # As they are before a step is taken: schedulers and objectives change their own.
+        self._settings = {
+            "optimizer settings": settings_of_optimizer(optimizer),
+            "scheduler settings": description(scheduler and scheduler.state_dict()),
+            "objective": [loss.description for loss in self.objectives],
+            "model": settings_of_modules(found),
+            "clip_grad_norm": clip_grad_norm,
+        }
 
     def one_epoch(self) -> None:
         """One pass over the data, and what it did to the validation loss."""
@@ -280,8 +296,10 @@ class Run:
                 "data": self.data.fingerprint(),
                 "validation": None if self.judge is None else self.judge.source.fingerprint(),
                 "keep": repr(self.keeping),
+                "frozen weights": frozen_weights(self._found, self.parameters),
                 # None for one group, which is what older files have.
                 "groups": [[self.trained.index(m) for m in g.modules] for g in self.groups] if turns else None,
+                **self._settings,
             }
         return self._fixed
 
@@ -290,9 +308,9 @@ class Run:
         for part in ("weights", "best"):
             require_match(saved.get("classes"), saved.get(part), self.trained, path)
         for name, value in self._identity().items():
-            if saved.get(name) != value:
+            for difference in differences(saved.get(name), value, name):
                 raise CheckpointError(
-                    f"{path} is of another run: its {name} is {saved.get(name)!r}, here it is {value!r}; "
+                    f"{path} is of another run: {difference}; "
                     "call fit with the arguments of the run that wrote it, or start anew with resume=False"
                 )
         require_possible(saved, path, self.trained, self.optimizer)

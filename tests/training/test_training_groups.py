@@ -230,7 +230,7 @@ def test_the_state_of_an_objective_is_saved_and_restored(tmp_path):
     result = run(fresh, objective=resumed, epochs=5, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
     assert result.train_loss == expected.train_loss
     assert same(weights(fresh), weights(whole)) and resumed.calls == 10
-    with pytest.raises(CheckpointError, match="its objective has a state of its own, the one given here has not"):
+    with pytest.raises(CheckpointError, match="its objective, class is 'Counting', here it is 'Trace_ELBO'"):
         run(Sum(), epochs=5, checkpoint=Checkpoint(tmp_path / "run.pt", resume=True))
 
 
@@ -241,6 +241,7 @@ def test_an_interruption_restores_the_state_of_its_epoch(tmp_path):
                 raise KeyboardInterrupt
             return super().__call__(*args)
 
+    Interrupted.__qualname__ = Counting.__qualname__  # it goes on as that
     whole, fresh = Sum(), Sum()
     expected = run(whole, objective=Counting(), epochs=5)
     with pytest.warns(TrainingWarning, match="interrupted in epoch 3"):
