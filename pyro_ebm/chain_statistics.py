@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-__all__ = ["chain_statistics", "ess_bulk", "ess_tail", "mcse_mean", "r_hat", "split_r_hat"]
+__all__ = ["chain_statistics", "ess_bulk", "ess_tail", "mcse_mean", "nested_r_hat", "r_hat", "split_r_hat"]
 
 _TAIL = (0.05, 0.95)
 _MIN_DRAWS = 4  # ArviZ's own limit
 _BLOCK = 2**16  # draws looked at together: a dozen arrays of half a megabyte, which a cache holds
 _SAME = 1e-15  # a range below it is a constant, to ArviZ
+_CLASSICAL = 4  # chains, for which the limits of R-hat were made
+_LEAST_HALF = 10  # effective draws in half a chain, from which on it says something of its own
 
 
 def ess_bulk(x: Tensor | NDArray[Any]) -> Floats:
@@ -67,6 +69,59 @@ def split_r_hat(x: Tensor | NDArray[Any]) -> Floats:
     return r_hat(np.concatenate([array[:, :half], array[:, -half:]]))
 
 
+def nested_r_hat(values: Tensor | NDArray[Any], superchains: int | Sequence[int]) -> Floats:
+    r"""R-hat of groups of chains that start at one point each: 1 when it does not matter where chains start.
+
+    .. math:: \sqrt{1 + B / W}
+
+    with B the variance between the means of the groups, and W that within groups, between and within their chains; of
+    rank-normalized halves of chains, and of their distances from the median (the larger of the two). Many short
+    chains are judged by what a group knows, not by what each chain knows alone. Equal to ArviZ's ``rhat_nested``.
+
+    Args:
+        values: (chain, draw, *shape).
+        superchains: how many groups, each of as many chains that follow each other (``MCMC(superchains=...)`` starts
+            them so); or the group of each chain, (chain,).
+
+    Returns:
+        float64 array of ``shape``; NaN for a single chain, and for constant or non-finite columns.
+
+    Raises:
+        ValueError: groups of different sizes, or fewer than two.
+
+    Reference:
+        Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari, Gelman (2024), Nested R-hat: assessing the convergence of
+        Markov chain Monte Carlo when running many short chains.
+    """
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if array.ndim < 2:
+        raise ValueError(f"values must have shape (chain, draw, *shape), got {array.shape}")
+    order, groups = _groups(superchains, len(array))
+    found = np.full(math.prod(array.shape[2:]), np.nan)
+    if len(array) > 1 and array.shape[1] >= _MIN_DRAWS:
+        columns = array[order].reshape(*array.shape[:2], -1)
+        width = max(1, _BLOCK // math.prod(array.shape[:2]))
+        for start in range(0, len(found), width):
+            part = slice(start, start + width)
+            _fill({"nested": found[part]}, columns[..., part], {"nested": functools.partial(_nested, groups=groups)})
+    return found.reshape(array.shape[2:])
+
+
+def _groups(superchains: int | Sequence[int], chains: int) -> tuple[NDArray[np.intp], int]:
+    """The chains in an order in which each group is a run of them, and the number of groups."""
+    if isinstance(superchains, int):
+        ids = np.arange(chains) * superchains // max(chains, 1)
+    else:
+        ids = np.asarray(superchains)
+    names, sizes = np.unique(ids, return_counts=True)
+    if ids.shape != (chains,) or len(names) < 2 or (sizes != sizes[0]).any():
+        what = superchains if isinstance(superchains, int) else f"{len(names)} of {sizes.tolist()} chains"
+        raise ValueError(
+            f"superchains must be two groups of chains or more, all of one size, that hold the {chains} chains, got {what}"
+        )
+    return ids.argsort(kind="stable"), len(names)
+
+
 def mcse_mean(x: Tensor | NDArray[Any]) -> Floats:
     """Monte Carlo standard error of the mean, in units of ``x``; arguments as :func:`ess_bulk`."""
     return chain_statistics(x, "mcse_mean")["mcse_mean"]
@@ -77,13 +132,14 @@ def chain_statistics(x: Tensor | NDArray[Any], *names: str) -> dict[str, Floats]
 
     Args:
         x: (chain, draw, *shape).
-        names: of ``"ess_bulk"``, ``"ess_tail"``, ``"r_hat"``, ``"mcse_mean"``.
+        names: of ``"ess_bulk"``, ``"ess_tail"``, ``"r_hat"``, ``"mcse_mean"``, and of ``"r_hat_excess"`` and
+            ``"r_hat_allowance"``, for which see ``convergence.py``.
 
     Returns:
         Each by its name, a float64 array of ``shape``; see the function of that name.
 
     Raises:
-        ValueError: if ``x`` has no axes of chains and draws, or a name is none of the four.
+        ValueError: if ``x`` has no axes of chains and draws, or a name is none of these.
     """
     unknown = sorted(set(names) - set(_STATISTICS))
     if unknown:
@@ -95,15 +151,15 @@ def chain_statistics(x: Tensor | NDArray[Any], *names: str) -> dict[str, Floats]
     columns = array.reshape(chains, draws, math.prod(shape))
     found = {name: np.full(columns.shape[-1], np.nan) for name in names}
     if chains and draws >= _MIN_DRAWS:
-        known = [name for name in names if chains > 1 or name != "r_hat"]
+        known = [name for name in names if chains > 1 or not name.startswith("r_hat")]
         width = max(1, _BLOCK // (chains * draws))
         for start in range(0, columns.shape[-1], width):
             part = slice(start, start + width)
-            _fill({name: found[name][part] for name in known}, columns[..., part])
+            _fill({name: found[name][part] for name in known}, columns[..., part], _STATISTICS)
     return {name: values.reshape(shape) for name, values in found.items()}
 
 
-def _fill(found: dict[str, Floats], columns: NDArray[Any]) -> None:
+def _fill(found: dict[str, Floats], columns: NDArray[Any], statistics: Mapping[str, Callable[[_Block], Floats]]) -> None:
     """Write the statistics of ``columns``, (chain, draw, column), where they are finite and not constant."""
     block = np.ascontiguousarray(columns.transpose(2, 0, 1), dtype=np.float64)
     with np.errstate(all="ignore"):
@@ -112,7 +168,7 @@ def _fill(found: dict[str, Floats], columns: NDArray[Any]) -> None:
             return
         kept = _Block(block if good.all() else block[good])
         for name, values in found.items():
-            values[good] = _STATISTICS[name](kept)
+            values[good] = statistics[name](kept)
 
 
 class _Block:
@@ -140,6 +196,29 @@ class _Block:
         median = values[:, (size - 1) // 2 : middle + 1].mean(1)
         return _normal_scores(*_sort(np.abs(self.split - median[:, None, None]))).reshape(self.split.shape)
 
+    @functools.cached_property
+    def covariance(self) -> Floats:
+        """Mean autocovariance of the scores of the split chains."""
+        return _mean_autocovariance(self.scores)
+
+    @functools.cached_property
+    def of_halves(self) -> tuple[Floats, Floats]:
+        """R-hat squared less one of scores and folded scores, and how much of it short chains explain: (2, column)."""
+        chains = self.x.shape[1]
+        found, expected = [], []
+        for folded in (False, True):
+            scores = self.folded_scores if folded else self.scores
+            found.append(_scale_reduction(scores) ** 2 - 1)
+            share = max(1 - _CLASSICAL / chains, 0.0)
+            if not share:
+                expected.append(np.zeros(len(scores)))
+                continue
+            covariance = _mean_autocovariance(scores) if folded else self.covariance
+            of_draws = _autocorrelation_time(covariance / covariance[:, :1]) / scores.shape[-1]
+            # About its own mean a short chain seems less correlated than it is, by twice its autocorrelation time.
+            expected.append(share * np.clip(of_draws * (1 + 2 * of_draws), 0.0, 1 / _LEAST_HALF))
+        return np.stack(found), np.nan_to_num(np.stack(expected))
+
     def below(self, prob: float) -> Floats:
         """Which of the split chains' draws do not exceed the quantile of all draws, as zeros and ones."""
         whole = self.split.size == self.x.size
@@ -148,7 +227,7 @@ class _Block:
 
 
 def _bulk(block: _Block) -> Floats:
-    return _ess(block.scores)
+    return _ess(block.scores, block.covariance)
 
 
 def _tail(block: _Block) -> Floats:
@@ -160,6 +239,24 @@ def _r_hat(block: _Block) -> Floats:
     return np.where(folded > bulk, folded, bulk)  # a folded one of two values only is NaN, and does not count
 
 
+def _excess(block: _Block) -> Floats:
+    found, expected = block.of_halves
+    return np.sqrt(1 + np.fmax.reduce(found - expected).clip(min=0.0))
+
+
+def _allowance(block: _Block) -> Floats:
+    """That of the kind of scores, plain or folded, whose excess is the larger."""
+    found, expected = block.of_halves
+    which = np.nan_to_num(found - expected, nan=-np.inf).argmax(0)
+    chosen: Floats = np.take_along_axis(expected, which[None], 0)[0]
+    return chosen
+
+
+def _nested(block: _Block, groups: int) -> Floats:
+    bulk, folded = (_nested_reduction(scores, groups) for scores in (block.scores, block.folded_scores))
+    return np.where(folded > bulk, folded, bulk)
+
+
 def _mcse(block: _Block) -> Floats:
     return block.x.std((1, 2), ddof=1) / np.sqrt(_ess(block.split))
 
@@ -168,6 +265,8 @@ _STATISTICS: dict[str, Callable[[_Block], Floats]] = {
     "ess_bulk": _bulk,
     "ess_tail": _tail,
     "r_hat": _r_hat,
+    "r_hat_excess": _excess,
+    "r_hat_allowance": _allowance,
     "mcse_mean": _mcse,
 }
 
@@ -232,10 +331,18 @@ def _scale_reduction(x: Floats) -> Floats:
     return np.sqrt((between / within + draws - 1) / draws)
 
 
-def _ess(x: Floats) -> Floats:
+def _nested_reduction(x: Floats, groups: int) -> Floats:
+    """Nested R-hat of split chains, (column, half * chain, draw), whose chains come group by group."""
+    columns, _, draws = x.shape
+    means = x.mean(2).reshape(columns, 2, groups, -1).transpose(0, 2, 1, 3).reshape(columns, groups, -1)
+    within = x.var(2, ddof=1).mean(1) if draws > 1 else np.zeros(columns)
+    return np.sqrt(1 + means.mean(2).var(1, ddof=1) / (within + means.var(2, ddof=1).mean(1)))
+
+
+def _ess(x: Floats, covariance: Floats | None = None) -> Floats:
     """Effective sample size of the mean of (column, chain, draw), by Geyer's initial monotone sequence."""
     _, chains, draws = x.shape
-    covariance = _mean_autocovariance(x)
+    covariance = _mean_autocovariance(x) if covariance is None else covariance
     within = covariance[:, :1] * draws / (draws - 1.0)
     total = within * (draws - 1.0) / draws + x.mean(2).var(1, ddof=1)[:, None]
     rho = 1.0 - (within - covariance) / total
