@@ -46,6 +46,7 @@ _EXPORTS = {
     "training.fit": ["Average", "Checkpoint", "FitResult", "Validation", "fit", "load_weights", "save_weights"],
     "inference.draws": ["Draws"],
     "estimates": ["Estimate", "BoundedEstimate"],
+    "chain_statistics": ["nested_r_hat"],
     "inference.density.log_density": ["LogDensity"],
     "inference.importance": ["importance", "log_likelihood", "posterior_draws"],
     "inference.kernels.hmc": ["ChEES", "HMC"],

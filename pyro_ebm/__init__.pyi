@@ -1,5 +1,8 @@
 """Names and types for checkers; written by `python tests/test_typing.py` from `__init__.py`."""
 
+from pyro_ebm.chain_statistics import (
+    nested_r_hat,
+)
 from pyro_ebm.datasets.digits import (
     digits,
 )
@@ -312,6 +315,7 @@ __all__ = [
     "marginal_density",
     "mean_confidence",
     "mnist",
+    "nested_r_hat",
     "noncentered",
     "plot_calibration",
     "plot_class_balance",

@@ -109,15 +109,14 @@ def nested_r_hat(values: Tensor | NDArray[Any], superchains: int | Sequence[int]
 
 def _groups(superchains: int | Sequence[int], chains: int) -> tuple[NDArray[np.intp], int]:
     """The chains in an order in which each group is a run of them, and the number of groups."""
-    if isinstance(superchains, int):
-        ids = np.arange(chains) * superchains // max(chains, 1)
-    else:
-        ids = np.asarray(superchains)
+    whole = isinstance(superchains, int)
+    ids = np.arange(chains) * superchains // max(chains, 1) if isinstance(superchains, int) else np.asarray(superchains)
     names, sizes = np.unique(ids, return_counts=True)
-    if ids.shape != (chains,) or len(names) < 2 or (sizes != sizes[0]).any():
-        what = superchains if isinstance(superchains, int) else f"{len(names)} of {sizes.tolist()} chains"
+    if ids.shape != (chains,) or len(names) < 2 or (sizes != sizes[0]).any() or (whole and len(names) != superchains):
+        what = superchains if whole else f"{len(names)} of {sizes.tolist()} chains"
         raise ValueError(
-            f"superchains must be two groups of chains or more, all of one size, that hold the {chains} chains, got {what}"
+            f"superchains must be two groups of chains or more, all of one size, that hold the {chains} chains, "
+            f"got {what}"
         )
     return ids.argsort(kind="stable"), len(names)
 
@@ -159,7 +158,9 @@ def chain_statistics(x: Tensor | NDArray[Any], *names: str) -> dict[str, Floats]
     return {name: values.reshape(shape) for name, values in found.items()}
 
 
-def _fill(found: dict[str, Floats], columns: NDArray[Any], statistics: Mapping[str, Callable[[_Block], Floats]]) -> None:
+def _fill(
+    found: dict[str, Floats], columns: NDArray[Any], statistics: Mapping[str, Callable[[_Block], Floats]]
+) -> None:
     """Write the statistics of ``columns``, (chain, draw, column), where they are finite and not constant."""
     block = np.ascontiguousarray(columns.transpose(2, 0, 1), dtype=np.float64)
     with np.errstate(all="ignore"):

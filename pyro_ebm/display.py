@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.chain_statistics import ess_bulk, r_hat
-from pyro_ebm.thresholds import R_HAT_OF_DISAGREEMENT, above, weights_problem
+from pyro_ebm.convergence import Agreement, agreement, superchains_of
+from pyro_ebm.thresholds import MIN_STARTS, R_HAT_OF_DISAGREEMENT, weights_problem
 
 __all__ = [
     "describe_draws",
@@ -90,11 +91,10 @@ def draws_as_html(draws: Any) -> str:
     chains = draws.log_weights is None and few and draws.num_chains * draws.num_draws <= _MAX_DRAWS
     header = ["site", *([] if few else ["shape"]), "mean", "sd", *(["ESS", "R-hat"] if chains else [])]
     rows: list[list[str]] = []
-    worst = 0.0
     for site, value in draws.values.items():
         of_chains = [ess_bulk(value).ravel(), r_hat(value).ravel()] if chains else []
         rows += _component_rows(draws, site, of_chains) if few else [_site_row(draws, site)]
-        worst = max([worst, *(float(hat) for hats in of_chains[1:] for hat in hats if not math.isnan(hat))])
+    worst = agreement(draws.values, R_HAT_OF_DISAGREEMENT, superchains_of(draws)) if chains else None
     return table("Draws", _facts(draws), header, rows, _notes(draws, worst))
 
 
@@ -151,11 +151,13 @@ def _facts(draws: Any) -> list[str]:
     return facts
 
 
-def _notes(draws: Any, worst_r_hat: float) -> list[str]:
+def _notes(draws: Any, worst: Agreement | None) -> list[str]:
     """What a person should know before they trust the numbers."""
     notes = []
-    if worst_r_hat > R_HAT_OF_DISAGREEMENT:
-        notes.append(f"chains disagree: R-hat up to {above(worst_r_hat, R_HAT_OF_DISAGREEMENT)}")
+    if worst is not None and worst.disagrees:
+        notes.append(f"chains disagree: {worst.told()}")
+    if draws.log_weights is None and draws.notes.get("distinct_starts", MIN_STARTS) < MIN_STARTS <= draws.num_chains:
+        notes.append(f"started at {draws.notes['distinct_starts']} point(s): R-hat does not show a mode they missed")
     if draws.pareto_k is not None:
         logs = draws.log_weights.flatten()
         problem = weights_problem(draws.pareto_k, float(importance_ess(logs)), logs.numel())

@@ -65,7 +65,7 @@ def test_draws_of_chains():
 
 def test_what_is_wrong_is_noted():
     apart = Draws({"z": torch.randn(4, 100) + 3 * torch.arange(4.0)[:, None]}, "chees")
-    assert "chains disagree: R-hat up to" in read(apart).text
+    assert "chains disagree: R-hat 2" in read(apart).text
     assert "disagree" not in read(chains()).text
     logs = torch.zeros(1, 200).log_softmax(-1)
     for k, wrong in ((0.4, False), (0.6, True), (float("nan"), True)):  # 200 draws: at most .57

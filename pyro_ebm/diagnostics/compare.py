@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
+from pyro_ebm.convergence import agreement, superchains_of, worst_agreement
 from pyro_ebm.diagnostics.moments import (
     MIN_ISLANDS,
     Moments,
+    Worth,
     component_names,
     components,
     error_in_se,
@@ -75,7 +77,7 @@ def compare(
     * ``worst_error_in_se``: with a reference, the largest difference of a mean or of a mean square, in
       units of the standard errors of both in quadrature. Of many components some exceed 3 by chance.
       NaN for the reference itself, and for a grid against a grid.
-    * ``verdict``: ``"ok"``, or each threshold that fell, for example ``"r_hat 1.08 > 1.01"``. Particles
+    * ``verdict``: ``"ok"``, or each threshold that fell, for example ``"r_hat 1.08 > 1.01 (z[3])"``. Particles
       and chains fall with fewer than four different starting points (``"starts 1 < 4"``; of draws that do not tell,
       as many as there are chains): R-hat cannot show a mode that all have missed. Particles
       also fall with fewer than four islands (``"islands 1 < 4"``, their error is then unknown), and
@@ -86,7 +88,8 @@ def compare(
     Args:
         draws: name -> draws, all of the same sites and shapes.
         reference: exact draws (a quadrature grid) or trusted ones (a long run), or the name of an entry.
-        max_r_hat: R-hat above it falls.
+        max_r_hat: R-hat above it falls. Many chains, each of which is short, may have a larger one by what their length
+            explains (see ``convergence.py``); chains of ``MCMC(superchains=...)`` are held to it by nested R-hat.
         min_ess: bulk or tail ESS below it falls.
         max_pareto_k: Pareto k above it falls; by default what the number of draws allows, at most 0.7.
         max_divergent: divergences fall when they may stand for more than this share of transitions: the
@@ -171,18 +174,18 @@ def _row(draws: Draws, sites: list[str], truth: Moments | None, limits: _Thresho
     x = components(draws, sites)
     own = moments(draws, sites)
     half = len(own.mean) // 2
-    bulk, tail, hats = worth(draws, x)
-    ess = _extreme(bulk, min)
+    names, found = component_names(draws, sites), worth(draws, x)
+    ess = _extreme(found.bulk, min)
     gradients = math.nan if draws.num_gradients is None else float(draws.num_gradients)
     log_z, log_z_se = _scalars(draws)
-    error, where = _worst_error(own, truth, component_names(draws, sites))
+    error, where = _worst_error(own, truth, names)
     row: dict[str, Any] = {
         "method": draws.method,
         "draws": draws.num_draws,
         "chains": draws.num_chains,
         "ess_bulk": ess,
-        "ess_tail": _extreme(tail, min),
-        "r_hat": _extreme(hats, max),
+        "ess_tail": _extreme(found.tail, min),
+        "r_hat": _extreme(found.r_hat, max),
         "mcse_per_sd": _extreme((own.se / own.sd)[:half], max),
         "pareto_k": _pareto_k(draws),
         "divergences": float(draws.stats["diverging"].sum()) if "diverging" in draws.stats else math.nan,
@@ -196,23 +199,53 @@ def _row(draws: Draws, sites: list[str], truth: Moments | None, limits: _Thresho
         "worst_error_in_se": error,
     }
     finite = bool(torch.isfinite(x).all()) and not bool(draws.weights.isnan().any())
-    return {**row, "verdict": _verdict(row, draws, limits, finite=finite, where=where)}
+    fallen = ([] if finite else ["draws or weights not finite"]) + _fallen_r_hat(row, draws, found, names, limits)
+    fallen += _fallen_ess(row, draws, found, names, limits)
+    return {**row, "verdict": _verdict(fallen, row, draws, limits, where)}
 
 
-def _verdict(row: dict[str, Any], draws: Draws, limits: _Thresholds, *, finite: bool, where: str) -> str:
-    """Comparisons are written so that NaN, where a number is due, falls too."""
-    fallen = [] if finite else ["draws or weights not finite"]
-    if draws.log_weights is None and not row["r_hat"] <= limits.max_r_hat:
-        fallen.append(f"r_hat {_number(row['r_hat'])} > {limits.max_r_hat:g}")
-    if not is_exact(draws):
-        for name in ("ess_bulk", "ess_tail"):
-            if not row[name] >= limits.min_ess:
-                fallen.append(f"{name} {row[name]:.0f} < {limits.min_ess:g}")
-    fallen += _fallen_starts(draws) + _fallen_weights(row, draws, limits)
-    fallen += _fallen_divergences(draws, limits)
+def _verdict(fallen: list[str], row: dict[str, Any], draws: Draws, limits: _Thresholds, where: str) -> str:
+    fallen = fallen + _fallen_starts(draws) + _fallen_weights(row, draws, limits) + _fallen_divergences(draws, limits)
     if row["worst_error_in_se"] > limits.max_error:
         fallen.append(f"error {row['worst_error_in_se']:.1f} > {limits.max_error:.3g} se ({where})")
     return "; ".join(fallen) or "ok"
+
+
+def _fallen_r_hat(
+    row: dict[str, Any], draws: Draws, found: Worth, names: list[str], limits: _Thresholds
+) -> list[str]:
+    """Comparisons are written so that NaN, where a number is due, falls too."""
+    if draws.log_weights is not None:
+        return []
+    if (groups := superchains_of(draws)) is not None:
+        worst = agreement(draws.values, limits.max_r_hat, groups)
+        where = worst.where
+    else:
+        excess, allowance = found.excess.cpu().numpy(), found.allowance.cpu().numpy()
+        worst, index = worst_agreement(excess, allowance, limits.max_r_hat, draws.num_chains)
+        where = names[index] if names else ""
+    if math.isnan(worst.r_hat):  # a single chain: that of its halves
+        worst, where = worst._replace(r_hat=row["r_hat"], limit=limits.max_r_hat), _lowest(-found.r_hat, names)
+    if worst.holds:
+        return []
+    limit = f"{worst.limit:.3f}".rstrip("0").rstrip(".") if worst.limit > limits.max_r_hat else f"{limits.max_r_hat:g}"
+    kind = "nested_r_hat" if worst.nested else "r_hat"
+    return [f"{kind} {_number(worst.r_hat)} > {limit}{where and f' ({where})'}"]
+
+
+def _fallen_ess(row: dict[str, Any], draws: Draws, found: Worth, names: list[str], limits: _Thresholds) -> list[str]:
+    fallen = []
+    for name, sizes in (("ess_bulk", found.bulk), ("ess_tail", found.tail)):
+        if not is_exact(draws) and not row[name] >= limits.min_ess:
+            where = "" if draws.log_weights is not None else _lowest(sizes, names)
+            fallen.append(f"{name} {row[name]:.0f} < {limits.min_ess:g}{where and f' ({where})'}")
+    return fallen
+
+
+def _lowest(values: Tensor, names: list[str]) -> str:
+    """The component with the smallest value; none where none has a value."""
+    flat = values.flatten()
+    return "" if not len(flat) or bool(flat.isnan().all()) else names[int(flat.nan_to_num(nan=math.inf).argmin())]
 
 
 def _fallen_starts(draws: Draws) -> list[str]:

@@ -42,11 +42,13 @@ class Moments(NamedTuple):
 
 
 class Worth(NamedTuple):
-    """What the draws of each component are worth; all three have shape (component,)."""
+    """What the draws of each component are worth, each (component,); the last two are for ``worst_agreement``."""
 
     bulk: Tensor
     tail: Tensor
     r_hat: Tensor
+    excess: Tensor
+    allowance: Tensor
 
 
 def is_exact(draws: Draws) -> bool:
@@ -137,13 +139,14 @@ def worth(draws: Draws, x: Tensor) -> Worth:
     """
     nothing = x.new_full(x.shape[2:], torch.nan)
     if is_exact(draws):
-        return Worth(nothing, nothing, nothing)
+        return Worth(nothing, nothing, nothing, nothing, nothing)
     if draws.log_weights is not None:
-        return Worth(bulk_ess(draws, x), _weighted_tail_ess(draws, x), nothing)
-    found = chain_statistics(x, "ess_bulk", "ess_tail", "r_hat")
+        return Worth(bulk_ess(draws, x), _weighted_tail_ess(draws, x), nothing, nothing, nothing)
+    names = ("ess_bulk", "ess_tail", "r_hat", "r_hat_excess", "r_hat_allowance")
+    found = chain_statistics(x, *names)
     if len(x) == 1:
         found["r_hat"] = split_r_hat(x)
-    return Worth(*(torch.as_tensor(found[name], device=x.device) for name in ("ess_bulk", "ess_tail", "r_hat")))
+    return Worth(*(torch.as_tensor(found[name], device=x.device) for name in names))
 
 
 def _weighted_tail_ess(draws: Draws, x: Tensor) -> Tensor:

@@ -251,6 +251,8 @@ class Draws:
             stats=chosen(self.stats),
             log_weights=None if logs is None else logs - logs.flatten().logsumexp(0),
             warmup=None if self.warmup is None else self.warmup.of_chains(index),
+            # where these chains started, and with which others, is known of all of them only
+            notes={name: note for name, note in self.notes.items() if name not in ("superchains", "distinct_starts")},
         )
 
     def with_model(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Draws:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from pyro_ebm.chain_statistics import chain_statistics
 from pyro_ebm.checks import whole_number
+from pyro_ebm.convergence import Agreement, agreement, component_name, worst_agreement
 from pyro_ebm.deadline import check_seconds, finishing, limited, time_limit
 from pyro_ebm.errors import report
 from pyro_ebm.inference.chains.loop import Chains
@@ -34,7 +35,7 @@ class Target:
 
     Args:
         ess: the bulk ESS that every component of every site must reach.
-        max_r_hat: the R-hat that none may exceed.
+        max_r_hat: the R-hat that none may exceed, as ``convergence.py`` reads it for short chains.
         max_seconds: of wall-clock time in all.
         max_draws: per chain.
         max_k: the Pareto k above which importance sampling is given up, where the draws' own limit is not lower.
@@ -69,14 +70,16 @@ def run_until(mcmc: MCMC, target: Target, args: tuple[Any, ...], kwargs: Mapping
     """
 
     def drive(chains: Chains) -> dict[str, Any]:
-        return _extend_until(chains, target, mcmc.thin, began)
+        return _extend_until(chains, target, mcmc.thin, began, mcmc.superchains)
 
     with limited(target.max_seconds, began=began):
         draws = mcmc.run_with(drive, args, kwargs)
     return reported(draws, target, strict=mcmc.strict)
 
 
-def _extend_until(chains: Chains, target: Target, thin: int, began: float) -> dict[str, Any]:
+def _extend_until(
+    chains: Chains, target: Target, thin: int, began: float, superchains: int | None
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     look = 0.0
     more = _FIRST
@@ -90,7 +93,8 @@ def _extend_until(chains: Chains, target: Target, thin: int, began: float) -> di
             return {}
         try:
             with finishing():
-                found = {"num_samples": done, **judged(chains.record.values(chains.density), target)}
+                values = chains.record.values(chains.density)
+                found = {"num_samples": done, **judged(values, target, superchains)}
         except KeyboardInterrupt:  # while looking: the draws are there
             chains.stopped = "interrupted"
         now = time.perf_counter()
@@ -111,31 +115,41 @@ def _extend_until(chains: Chains, target: Target, thin: int, began: float) -> di
 
 def _growth(found: Mapping[str, Any], target: Target) -> float:
     """How many more draws, as a share of those there are: what seems to be missing, at most as many again."""
-    short = [target.ess / found["ess"], (found["r_hat"] - 1) / (target.max_r_hat - 1)]  # both fall as 1 / draws
+    short = [target.ess / found["ess"], (found["r_hat"] - 1) / (found["r_hat_limit"] - 1)]  # both fall as 1 / draws
     missing = max((factor for factor in short if not math.isnan(factor)), default=2.0)
     return min(max(1.2 * missing - 1, 0.25), 1.0)
 
 
-def judged(values: Mapping[str, Tensor], target: Target) -> dict[str, Any]:
-    """The smallest bulk ESS and the largest R-hat over all components that are not constant.
+def judged(values: Mapping[str, Tensor], target: Target, superchains: int | None = None) -> dict[str, Any]:
+    """The smallest bulk ESS and the worst R-hat over all components that are not constant, and where they are.
 
     ``stopped`` is ``"target"`` where they meet it, ``"num_samples"`` where they do not (yet). One chain has no
     R-hat, and meets it by its ESS; values that are not finite never meet it.
     """
-    ess, worst = math.nan, math.nan
+    ess, least, worst = math.nan, "", Agreement(math.nan, target.max_r_hat, "")
     if all(bool(value.isfinite().all()) for value in values.values()):
-        found = [chain_statistics(value, "ess_bulk", "r_hat") for value in values.values()]
-        # numpy arrays
-        sizes, hats = (torch.cat([torch.from_numpy(each[name].ravel()) for each in found]) for name in found[0])
-        ess, worst = _extreme(sizes, torch.min), _extreme(hats, torch.max)
+        names = ("ess_bulk", "r_hat_excess", "r_hat_allowance")
+        found = [chain_statistics(value, *names) for value in values.values()]
+        sizes, excess, allowance = (np.concatenate([each[name].ravel() for each in found]) for name in names)
+        of = [component_name(site, x.shape[2:], i) for site, x in values.items() for i in range(x.shape[2:].numel())]
+        if not np.isnan(sizes).all():
+            ess, least = float(np.nanmin(sizes)), of[int(np.nanargmin(sizes))]
+        if superchains is not None:
+            worst = agreement(values, target.max_r_hat, superchains)
+        elif of:
+            worst, index = worst_agreement(excess, allowance, target.max_r_hat, len(next(iter(values.values()))))
+            worst = worst._replace(where=of[index])
     single = all(len(value) == 1 for value in values.values())
-    met = ess >= target.ess and (single or worst < target.max_r_hat)
-    return {"stopped": "target" if met else "num_samples", "ess": ess, "r_hat": worst, "target_ess": target.ess}
-
-
-def _extreme(numbers: Tensor, choose: Callable[[Tensor], Tensor]) -> float:
-    numbers = numbers[~numbers.isnan()]
-    return float(choose(numbers)) if len(numbers) else math.nan
+    met = ess >= target.ess and (single or worst.holds)
+    return {
+        "stopped": "target" if met else "num_samples",
+        "ess": ess,
+        "r_hat": worst.r_hat,
+        "r_hat_limit": worst.limit,
+        "least_ess_at": least,
+        "worst_r_hat_at": worst.where,
+        "target_ess": target.ess,
+    }
 
 
 def reported(draws: Draws, target: Target, *, strict: bool) -> Draws:
@@ -146,13 +160,19 @@ def reported(draws: Draws, target: Target, *, strict: bool) -> Draws:
     limit = f"max_seconds={target.max_seconds:g}" if stopped == "max_seconds" else f"num_samples={draws.num_draws}"
     message = (
         f"{draws.method}: stopped by {limit} with {'' if draws.log_weights is not None else 'bulk '}"
-        f"ESS {draws.notes['ess']:.0f} (asked for {target.ess:g})"
+        f"ESS {draws.notes['ess']:.0f}{_at(draws, 'least_ess_at')} (asked for {target.ess:g})"
     )
     if "r_hat" in draws.notes:
-        message += f" and R-hat {draws.notes['r_hat']:.3f} (at most {target.max_r_hat:g})"
+        most = draws.notes.get("r_hat_limit", target.max_r_hat)
+        message += f" and R-hat {draws.notes['r_hat']:.3f}{_at(draws, 'worst_r_hat_at')} (at most {most:.4g})"
     message += '; allow more, or try another method ("smc" where there are several modes)'
     report(message, strict=strict)
     return draws
+
+
+def _at(draws: Draws, note: str) -> str:
+    where = draws.notes.get(note)
+    return f" at {where}" if where else ""
 
 
 def importance_until(

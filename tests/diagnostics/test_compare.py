@@ -88,7 +88,7 @@ def test_one_shifted_chain_falls():
     draws.values["z"][0, :, 1] += 0.7
     verdict = compare({"x": draws}).verdict["x"]
     assert verdict.startswith("r_hat 1.0")
-    assert "> 1.01; ess_bulk" in verdict and "< 400" in verdict
+    assert "> 1.01 (z[1]); ess_bulk" in verdict and "< 400 (z[1])" in verdict
 
 
 def test_all_chains_shifted_falls_only_against_a_reference():

@@ -64,7 +64,8 @@ def test_chains_stop_at_the_target(clock):
     ess, worst = smallest_and_largest(draws)
     assert draws.notes["stopped"] == "target" and draws.notes["target_ess"] == 400.0
     assert draws.notes["ess"] == pytest.approx(ess) and draws.notes["r_hat"] == pytest.approx(worst)
-    assert ess >= 400 and worst < 1.01
+    assert ess >= 400 and worst <= draws.notes["r_hat_limit"] < 1.05  # of sixteen short chains
+    assert {draws.notes["least_ess_at"], draws.notes["worst_r_hat_at"]} <= {"z[0]", "z[1]", "w"}
     assert draws.num_draws == draws.notes["num_samples"] >= 50  # not what the runner was made with
 
 
@@ -87,13 +88,13 @@ def slow():
 
 def test_r_hat_counts_too(clock):
     """Enough draws long before the chains agree to the third digit."""
-    with pytest.warns(InferenceWarning, match=r"R-hat 1\.\d+ \(at most 1.0001\)"):
+    with pytest.warns(InferenceWarning, match=r"R-hat 1\.\d+ at \S+ \(at most 1\.\d+\)"):
         draws = run(chains(), Target(50.0, max_r_hat=1.0001, max_draws=120))
-    assert draws.notes["ess"] > 50 and draws.notes["r_hat"] > 1.0001 and draws.notes["stopped"] == "num_samples"
+    assert draws.notes["ess"] > 50 and draws.notes["r_hat"] > draws.notes["r_hat_limit"] > 1.0001 and draws.notes["stopped"] == "num_samples"
 
 
 def test_the_number_of_draws_is_a_limit(clock):
-    with pytest.warns(InferenceWarning, match=r"chees: stopped by num_samples=70 with bulk ESS \d+ \(asked for 1e\+06"):
+    with pytest.warns(InferenceWarning, match=r"chees: stopped by num_samples=70 with bulk ESS \d+ at \S+ \(asked for 1e\+06"):
         draws = run(chains(), Target(1e6, max_draws=70))
     assert draws.num_draws == 70 and draws.notes["stopped"] == "num_samples"
     with pytest.raises(InferenceError, match="stopped by num_samples=70"):
@@ -117,7 +118,7 @@ def test_time_is_a_limit(clock, monkeypatch):
         self.sampling_seconds = float(len(self.record))
 
     monkeypatch.setattr(until.Chains, "extend", slowly)
-    with pytest.warns(InferenceWarning, match=r"chees: stopped by max_seconds=80 with bulk ESS \d+ \(asked for 1e\+06"):
+    with pytest.warns(InferenceWarning, match=r"chees: stopped by max_seconds=80 with bulk ESS \d+ at \S+ \(asked for 1e\+06"):
         draws = run(chains(warmup_steps=20), Target(1e6, max_seconds=80.0))
     assert draws.num_draws == 80 and draws.notes["stopped"] == "max_seconds"
     with pytest.raises(InferenceError, match="chees: stopped by max_seconds=200"):
@@ -167,7 +168,7 @@ def test_ctrl_c_between_draws(clock, monkeypatch):
 def test_ctrl_c_while_looking(clock, monkeypatch):
     looks = []
 
-    def interrupted(values, target):
+    def interrupted(values, target, superchains=None):
         if looks:
             raise KeyboardInterrupt
         looks.append(judged(values, target))
@@ -199,7 +200,7 @@ def test_judged():
     [(500.0, 1.001, 1.0), (800.0, 1.001, 0.5), (990.0, 1.0, 0.25), (5000.0, 1.015, 0.8), (math.nan, math.nan, 1.0)],
 )
 def test_growth(ess, worst, growth):
-    assert until._growth({"ess": ess, "r_hat": worst}, Target(1000.0)) == pytest.approx(growth)
+    assert until._growth({"ess": ess, "r_hat": worst, "r_hat_limit": 1.01}, Target(1000.0)) == pytest.approx(growth)
 
 
 def test_weights_worth_the_target():

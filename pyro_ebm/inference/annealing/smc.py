@@ -12,20 +12,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.convergence import agreement
 from pyro_ebm.deadline import check_seconds, finishing, limited
 from pyro_ebm.entry import entry
 from pyro_ebm.errors import interruption_told, report
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.inference.annealing.population import Pace, Population, anneal
 from pyro_ebm.inference.annealing.tempering import Annealing, Path, path_to
-from pyro_ebm.inference.chains.report import worst_r_hat
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.kernels.kernel import Kernel
 from pyro_ebm.inference.kernels.langevin import ULA
 from pyro_ebm.inference.resampling import number_of_distinct
 from pyro_ebm.keywords import model_inputs
 from pyro_ebm.randomness import one_source, random_seed, streams
-from pyro_ebm.thresholds import MIN_STARTS, R_HAT_OF_DISAGREEMENT, above
+from pyro_ebm.thresholds import MIN_STARTS, R_HAT_OF_DISAGREEMENT
 
 __all__ = ["SMC", "early_text"]
 
@@ -224,10 +224,10 @@ def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: boo
             f"may have missed a mode: more particles_per_island, a guide, or target_ess nearer to 1"
         )
     if draws.num_chains > 1 and draws.num_draws >= _ENOUGH:
-        worst = max(worst_r_hat(value) for value in draws.values.values())
-        if worst > R_HAT_OF_DISAGREEMENT:
+        worst = agreement(draws.values, R_HAT_OF_DISAGREEMENT)
+        if worst.disagrees:
             problems.append(
-                f"islands disagree (R-hat {above(worst, R_HAT_OF_DISAGREEMENT)}): more particles_per_island, a guide "
+                f"islands disagree ({worst.told()}): more particles_per_island, a guide "
                 f"that knows all modes, or more temperatures (target_ess nearer to 1)"
             )
         error = float(torch.as_tensor(draws.log_z.se).max())  # type: ignore[union-attr]

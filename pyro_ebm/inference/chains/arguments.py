@@ -12,6 +12,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_ebm.arrays import as_tensor
+from pyro_ebm.checks import whole_number
 from pyro_ebm.errors import warn_user
 from pyro_ebm.foreign import foreign_hint
 from pyro_ebm.inference.density.log_density import LogDensity
@@ -22,6 +23,7 @@ __all__ = [
     "check_kernel",
     "check_names",
     "check_saved",
+    "check_superchains",
     "number_of_chains",
     "packed",
     "refuse_foreign",
@@ -94,6 +96,20 @@ def check_saved(save_params: Iterable[str] | None, sites: Iterable[str]) -> None
         ValueError: unknown names.
     """
     check_names("save_params", save_params, sites)
+
+
+def check_superchains(superchains: int | None, num_chains: int) -> None:
+    """Groups of chains must be of one size, and two at least.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: so many do not fit.
+    """
+    if superchains is None:
+        return
+    whole_number("superchains", superchains, at_least=2)
+    if num_chains % superchains:
+        raise ValueError(f"superchains={superchains} must divide num_chains={num_chains}: all have as many chains")
 
 
 def check_names(option: str, names: Iterable[str] | None, sites: Iterable[str]) -> None:

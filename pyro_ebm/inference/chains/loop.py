@@ -90,6 +90,7 @@ class Chains:
         bar: shows the progress.
         on_step: called after each step of the warm-up and after each draw, with the stage and its number.
         saved: sites whose draws are kept; all when ``None``.
+        rescue: move chains that accept nothing to the places of others during warm-up.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Chains:
         bar: tqdm | None = None,
         on_step: Callable[[Chains, str, int], None] | None = None,
         saved: Sequence[str] | None = None,
+        rescue: bool = True,
     ) -> None:
         self.kernel, self.density, self.generator = kernel, density, generator
         self.warmup, self.record = Record(), Record()
@@ -111,7 +113,7 @@ class Chains:
         self.stopped: str | None = None
         self.warmup_cut: int | None = None
         self.rescued = 0
-        self._starts = u
+        self._starts, self._rescue = u, rescue
         self._on_step, self._saved = on_step, saved
         self._dense = kernel.blocks(density).mask(u)
         self._bar = bar or tqdm(disable=True)
@@ -159,7 +161,8 @@ class Chains:
                 before = self.state
                 self.state, info = self._step(before)
                 self.state = self.state._replace(tuning=adaptation.update(before, info))
-                self.state = rescue.update(self.state, info, self.generator)
+                if self._rescue:
+                    self.state = rescue.update(self.state, info, self.generator)
                 collapse.update(self.state, self.kernel.name)
                 self._count(info, "warm-up")
                 if keep:

@@ -22,6 +22,7 @@ from pyro_ebm.inference.chains.arguments import (
     check_kernel,
     check_names,
     check_saved,
+    check_superchains,
     number_of_chains,
     packed,
     refuse_foreign,
@@ -81,6 +82,9 @@ class MCMC:
             ``"uniform"``, one of ``pyro.infer.autoguide.init_to_*``, or values by site as the model has them,
             (num_chains, *site_shape). When ``None``, the kernel's ``init_strategy``, else ``"importance"``.
         guide: for the starting points.
+        superchains: so many starting points, each for ``num_chains / superchains`` chains that follow each other;
+            nested R-hat (:func:`nested_r_hat`) then judges the run: it asks less of each chain and shows whether it
+            matters where they start. ``initial_params`` and ``init`` may have one row a superchain.
         thin: keep every ``thin``-th draw.
         seed: a number for the same draws twice; ``None`` uses the global generator.
         generator: a source of randomness instead of a seed.
@@ -126,6 +130,7 @@ class MCMC:
         vectorize: str | None = None,
         init: str | Mapping[str, Tensor] | Callable[..., Any] | None = None,
         guide: Callable[..., Any] | None = None,
+        superchains: int | None = None,
         thin: int = 1,
         seed: int | None = None,
         generator: torch.Generator | None = None,
@@ -151,11 +156,12 @@ class MCMC:
         warn_of_ignored(mp_context=mp_context, disable_validation=disable_validation, stock=not batched)
         if not batched:
             own = {"vectorize": vectorize, "init": init, "guide": guide, "generator": generator, "thin": thin - 1}
-            refuse_of_batch(kernel, {**own, "compile": compile, "capture": not capture})
+            refuse_of_batch(kernel, {**own, "superchains": superchains, "compile": compile, "capture": not capture})
         self.kernel, self.num_samples, self.warmup_steps = kernel, num_samples, warmup_steps
         self.initial_params, self.init, self.guide = initial_params, init, guide
         self.hook_fn, self.transforms, self.save_params = hook_fn, transforms, save_params
         self.disable_validation, self.vectorize = disable_validation, vectorize
+        self.superchains = superchains
         self.thin, self.seed, self.generator = thin, seed, generator
         self.keep_warmup, self.strict, self.max_seconds = keep_warmup, strict, max_seconds
         self.progress = progress if disable_progbar is None else not disable_progbar
@@ -238,13 +244,18 @@ class MCMC:
         check_saved(self.save_params, density.constrain(density.like.new_zeros(1, *density.batch, density.dim)))
         if self._asked_chains is None:
             self.num_chains = number_of_chains(density, self.initial_params, _CHAINS)
+        check_superchains(self.superchains, self.num_chains)
         generator = self.generator or torch.Generator().manual_seed(random_seed(self.seed, None))
         # A seed of their own for the starts: from the same stream, the first velocities would equal prior draws.
         u, rule = self._starts(density, random_seed(None, generator))
+        if self.superchains is not None:
+            u = u.repeat_interleave(self.num_chains // len(u), 0)
         if generator.device != u.device:
             generator = torch.Generator(u.device).manual_seed(random_seed(None, generator))
         total = self.warmup_steps + self.num_samples * self.thin
         notes = {"init": rule, "num_samples": self.num_samples, "warmup_steps": self.warmup_steps, "thin": self.thin}
+        if self.superchains is not None:
+            notes["superchains"] = self.superchains
         self._remember_start(self.kernel, density, u)
         with tqdm(total=total, desc=self.kernel.name, disable=not self.progress, mininterval=0.5) as bar:
             chains = Chains(
@@ -256,6 +267,7 @@ class MCMC:
                 bar=bar,
                 on_step=None if self.hook_fn is None else self._on_step,
                 saved=self.save_params,
+                rescue=self.superchains is None,
             )
             try:
                 chains.warm_up(self.warmup_steps, keep=self.keep_warmup)
@@ -324,14 +336,14 @@ class MCMC:
         return {name: value[0] for name, value in values.items()} if self.num_chains == 1 else values
 
     def _starts(self, density: LogDensity, seed: int) -> tuple[Tensor, str]:
-        given = self.initial_params
+        given, starts = self.initial_params, self.superchains or self.num_chains
         if given is not None:
-            u = given if isinstance(given, Tensor) else packed(density, given, self.num_chains)
-            return given_starts(density, self.num_chains, u, guide=self.guide), "given"
+            u = given if isinstance(given, Tensor) else packed(density, given, starts)
+            return given_starts(density, starts, u, guide=self.guide), "given"
         init = self.init
         if init is None:
             init = getattr(self.kernel, "init_strategy", None) or "importance"
-        return chain_starts(density, self.num_chains, init=init, guide=self.guide, seed=seed)
+        return chain_starts(density, starts, init=init, guide=self.guide, seed=seed)
 
     @property
     def draws(self) -> Draws:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_ebm.chain_statistics import r_hat
+from pyro_ebm.convergence import agreement, superchains_of
 from pyro_ebm.errors import report
 from pyro_ebm.inference.draws import Draws
-from pyro_ebm.thresholds import MIN_STARTS, R_HAT_OF_DISAGREEMENT, above
+from pyro_ebm.thresholds import MIN_STARTS, R_HAT_OF_DISAGREEMENT
 
-__all__ = ["early_text", "listed", "report_chains", "worst_r_hat"]
+__all__ = ["early_text", "listed", "report_chains"]
 
 _STUCK = 1e-3
 
@@ -52,10 +51,10 @@ def report_chains(draws: Draws, *, strict: bool, early: str | None = None, max_d
     if broken:
         problems.append(f"draws of {broken} are not finite: the density is improper (an energy unbounded below?)")
     elif draws.num_chains > 1 and draws.num_draws >= 4:
-        worst = max((worst_r_hat(value) for value in draws.values.values()), default=0.0)
-        if worst > R_HAT_OF_DISAGREEMENT:
+        worst = agreement(draws.values, R_HAT_OF_DISAGREEMENT, superchains_of(draws))
+        if worst.disagrees:
             problems.append(
-                f"chains disagree (R-hat {above(worst, R_HAT_OF_DISAGREEMENT)}): run longer, start them from a good "
+                f"chains disagree ({worst.told()}): run longer, start them from a good "
                 f'guide (init="importance", guide=...), or, where modes lie apart, use method="smc"'
             )
     kept = [f"{early}: kept {draws.num_chains} chain(s) of {draws.num_draws} draws"] if early else []
@@ -89,8 +88,3 @@ def listed(flags: Tensor) -> str:
     """The positions of the true ones, (n,), as text: the first ten, and how many there are."""
     found = flags.nonzero().flatten().tolist()
     return ", ".join(map(str, found[:10])) + (f", ... ({len(found)} in all)" if len(found) > 10 else "")
-
-
-def worst_r_hat(value: Tensor) -> float:
-    """The largest R-hat of (chain, draw, ...); entries that are the same in every draw have none."""
-    return max((float(x) for x in r_hat(value).ravel() if not math.isnan(x)), default=0.0)
