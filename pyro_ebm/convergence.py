@@ -59,20 +59,24 @@ class Agreement(NamedTuple):
         return f"{'nested ' if self.nested else ''}R-hat {above(max(self.r_hat, limit), limit)} at {self.where}"
 
 
-def agreement(values: Mapping[str, Tensor], limit: float, superchains: int | None = None) -> Agreement:
+def agreement(
+    values: Mapping[str, Tensor], limit: float, superchains: int | None = None, *, in_time: bool = True
+) -> Agreement:
     """Of all components of all sites, the one that is furthest beyond its limit, or nearest to it.
 
     Args:
         values: site -> (chain, draw, *shape).
         limit: of the R-hat of long chains.
         superchains: how many groups of chains started at common points, in the order of the chains; ``None``: none.
+        in_time: whether draws follow each other, as those of chains do. The limit of particles is as given.
     """
     parts, names = [], []
     for site, value in values.items():
         shape = tuple(value.shape[2:])
         if superchains is None:
-            found = chain_statistics(value, "r_hat_excess", "r_hat_allowance")
-            parts.append([found["r_hat_excess"].ravel(), found["r_hat_allowance"].ravel()])
+            found = chain_statistics(value, *(("r_hat_excess", "r_hat_allowance") if in_time else ("r_hat",)))
+            hats, *explained = (each.ravel() for each in found.values())
+            parts.append([hats, *(explained or [np.zeros_like(hats)])])
         else:
             nested = nested_r_hat(value, superchains).ravel()
             parts.append([nested, np.zeros_like(nested)])
@@ -81,7 +85,7 @@ def agreement(values: Mapping[str, Tensor], limit: float, superchains: int | Non
         return Agreement(math.nan, limit, "")
     excess, allowance = (np.concatenate(column) for column in zip(*parts, strict=True))
     chains = max(len(value) for value in values.values())
-    worst, index = worst_agreement(excess, allowance, limit, chains if superchains is None else 0)
+    worst, index = worst_agreement(excess, allowance, limit, chains if superchains is None and in_time else 0)
     return worst._replace(where=component_name(*names[index]), nested=superchains is not None)
 
 

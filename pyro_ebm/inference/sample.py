@@ -85,7 +85,7 @@ def sample(
         guide: proposal for importance sampling, and for the starting points of chains.
         num_samples: draws per chain, 1,000 by default; with ``ess`` and with ``"auto"`` the most that may be drawn.
         num_chains: 64 for batched chains, 8 islands of SMC, 4 elsewhere by default.
-        ess: sample until every component of every site has this bulk ESS and an R-hat below 1.01 (importance
+        ess: sample until every component of every site has this bulk ESS and the chains agree (R-hat; importance
             sampling: until the weights are worth so many draws), or a limit is spent;
             ``notes["stopped"]`` says which. Not for nuts, hmc and smc. For ``"auto"`` 1,000 by default.
         max_seconds: the limit of time, whatever the method; 60 by default with ``ess`` and with ``"auto"``. What was

@@ -49,7 +49,8 @@ _MEANING = {
     "stopped": "what ended the draws: their number, or the budget of time",
     "ess_bulk": "effective sample size of means, the smallest over all components; 400 is enough to judge by",
     "ess_tail": "effective sample size of the 5 % and 95 % quantiles, the smallest over all components",
-    "r_hat": f"disagreement between chains, the largest over all components; below {MAX_R_HAT} they agree",
+    "r_hat": f"disagreement between chains, the largest over all components; below {MAX_R_HAT} they agree, "
+    "and many short chains below what their length explains, which the verdict goes by",
     "mcse_per_sd": "standard error of the mean, in posterior standard deviations, the largest",
     "pareto_k": "tail of the importance weights; above 0.7 (less for few draws) do not trust them",
     "divergences": "steps at which the integrator failed; should be 0",

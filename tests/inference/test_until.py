@@ -90,11 +90,12 @@ def test_r_hat_counts_too(clock):
     """Enough draws long before the chains agree to the third digit."""
     with pytest.warns(InferenceWarning, match=r"R-hat 1\.\d+ at \S+ \(at most 1\.\d+\)"):
         draws = run(chains(), Target(50.0, max_r_hat=1.0001, max_draws=120))
-    assert draws.notes["ess"] > 50 and draws.notes["r_hat"] > draws.notes["r_hat_limit"] > 1.0001 and draws.notes["stopped"] == "num_samples"
+    assert draws.notes["ess"] > 50 and draws.notes["stopped"] == "num_samples"
+    assert draws.notes["r_hat"] > draws.notes["r_hat_limit"] > 1.0001
 
 
 def test_the_number_of_draws_is_a_limit(clock):
-    with pytest.warns(InferenceWarning, match=r"chees: stopped by num_samples=70 with bulk ESS \d+ at \S+ \(asked for 1e\+06"):
+    with pytest.warns(InferenceWarning, match=r"chees: stopped by num_samples=70 with bulk ESS \d+ at \S+ \(asked"):
         draws = run(chains(), Target(1e6, max_draws=70))
     assert draws.num_draws == 70 and draws.notes["stopped"] == "num_samples"
     with pytest.raises(InferenceError, match="stopped by num_samples=70"):
@@ -118,7 +119,7 @@ def test_time_is_a_limit(clock, monkeypatch):
         self.sampling_seconds = float(len(self.record))
 
     monkeypatch.setattr(until.Chains, "extend", slowly)
-    with pytest.warns(InferenceWarning, match=r"chees: stopped by max_seconds=80 with bulk ESS \d+ at \S+ \(asked for 1e\+06"):
+    with pytest.warns(InferenceWarning, match=r"chees: stopped by max_seconds=80 with bulk ESS \d+ at \S+ \(asked"):
         draws = run(chains(warmup_steps=20), Target(1e6, max_seconds=80.0))
     assert draws.num_draws == 80 and draws.notes["stopped"] == "max_seconds"
     with pytest.raises(InferenceError, match="chees: stopped by max_seconds=200"):

@@ -224,7 +224,7 @@ def _report(draws: Draws, population: Population, kernel: Kernel, *, strict: boo
             f"may have missed a mode: more particles_per_island, a guide, or target_ess nearer to 1"
         )
     if draws.num_chains > 1 and draws.num_draws >= _ENOUGH:
-        worst = agreement(draws.values, R_HAT_OF_DISAGREEMENT)
+        worst = agreement(draws.values, R_HAT_OF_DISAGREEMENT, in_time=False)
         if worst.disagrees:
             problems.append(
                 f"islands disagree ({worst.told()}): more particles_per_island, a guide "
