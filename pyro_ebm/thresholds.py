@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 # What a table calls good and sampling to a target waits for (Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021): some
-# 50 effective draws in each half of a chain. Many short chains may have more, by what their length explains: convergence.py.
+# 50 effective draws in each half of a chain. Many short chains may have more, as convergence.py says.
 MAX_R_HAT = 1.01
 
 # What a run warns of: means of chains that differ by a variance of a tenth of that within a chain. Chains that agree
