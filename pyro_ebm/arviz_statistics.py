@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.checks import real_numbers
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -62,7 +64,7 @@ def psis(log_weights: Tensor | NDArray[Any]) -> tuple[Tensor, float]:
     original = log_weights.detach() if isinstance(log_weights, Tensor) else torch.from_numpy(log_weights)
     if original.ndim != 1 or original.numel() == 0:
         raise ValueError(f"log_weights must have shape (draw,) with draw >= 1, got {tuple(original.shape)}")
-    logs = original.to("cpu", torch.float64)
+    logs = real_numbers("log_weights", original).to("cpu", torch.float64)
     normalized = logs - logs.logsumexp(0)
     positive = logs > -math.inf
     if not torch.isfinite(logs[positive]).all() or logs.isnan().any() or not positive.any():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import operator
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["file_path", "is_whole_number", "whole_number"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["file_path", "finite_numbers", "is_whole_number", "real_numbers", "whole_number"]
 
 
 def whole_number(name: str, value: Any, *, at_least: int = 1) -> int:
@@ -50,6 +53,36 @@ def file_path(name: str, value: Any) -> Path:
     if not text or "\0" in text:
         raise ValueError(f"{name} must be the path of a file or folder, got {text!r}")
     return Path(text)
+
+
+def real_numbers(name: str, values: Tensor) -> Tensor:
+    """The values, or a TypeError that names them where they are complex: a cast would drop the imaginary part.
+
+    Args:
+        name: of the argument.
+        values: any tensor.
+    """
+    if values.is_complex():
+        raise TypeError(
+            f"{name} must be real numbers, got {values.dtype} of shape {tuple(values.shape)}; give the real and the "
+            f"imaginary part as two numbers each (torch.view_as_real), or the absolute value"
+        )
+    return values
+
+
+def finite_numbers(name: str, values: Tensor) -> Tensor:
+    """The values, or an error that names them where they are complex, NaN or infinite.
+
+    Raises:
+        TypeError: complex numbers.
+        ValueError: NaN or infinity, with how many and where the first is.
+    """
+    bad = ~real_numbers(name, values).detach().isfinite()
+    if bool(bad.any()):
+        first = tuple(bad.nonzero()[0].tolist())
+        where = f", the first at {first if len(first) > 1 else first[0]}" if first else ""
+        raise ValueError(f"{name} must be finite, got NaN or infinity for {int(bad.sum())} of {bad.numel()}{where}")
+    return values
 
 
 def _as_int(value: Any) -> int | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
+from pyro_ebm.checks import finite_numbers, real_numbers
 from pyro_ebm.modules import modules_of
 
 __all__ = [
@@ -50,6 +52,7 @@ class Energy(nn.Module):
     def __mul__(self, scale: float | Tensor) -> Energy:
         if not isinstance(scale, (int, float)) and not (isinstance(scale, Tensor) and scale.ndim == 0):
             raise TypeError(f"an energy is multiplied by a number, got {type(scale).__name__}")
+        finite_numbers("the number that an energy is multiplied by", torch.as_tensor(scale))
         return _Scaled(self, scale)
 
     __rmul__ = __mul__
@@ -88,11 +91,18 @@ class _Scaled(Energy):
 
 def _matched(parameter: Tensor, value: Tensor) -> Tensor:
     """The parameter in the value's precision; as it is where the value is integer (a discrete site)."""
+    real_numbers("the value that an energy gets", value)
     return parameter.to(value.dtype) if value.is_floating_point() else parameter
 
 
 def _floating(value: Tensor) -> Tensor:
+    real_numbers("the value that an energy gets", value)
     return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
+def _numbers(name: str, values: Any) -> Tensor:
+    """Given coefficients in torch's default precision, finite."""
+    return finite_numbers(name, torch.as_tensor(values)).detach().to(torch.get_default_dtype()).clone()
 
 
 def _terms(energy: Energy) -> list[Energy]:
@@ -246,6 +256,7 @@ class ConvEnergy(Energy):
     def forward(self, value: Tensor) -> Tensor:
         batch = _split_batch(value, self.event_shape, self)
         self._norms.follow(self)
+        value = _floating(value)
         return self.head(self.features(value.reshape(-1, *self.event_shape))).reshape(batch)
 
 
@@ -258,7 +269,7 @@ class LinearEnergy(Energy):
 
     def __init__(self, a: Tensor | float | Sequence[float]) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.as_tensor(a, dtype=torch.get_default_dtype()).detach().clone())
+        self.a = nn.Parameter(_numbers("a", a))
         if self.a.ndim > 1:
             raise ValueError(f"a must be a number or a vector (d,), got shape {tuple(self.a.shape)}")
 
@@ -282,11 +293,11 @@ class QuadraticEnergy(Energy):
 
     def __init__(self, c: float | Tensor, *, event_dim: int = 1) -> None:
         super().__init__()
-        self.c = nn.Parameter(torch.as_tensor(c, dtype=torch.get_default_dtype()).detach().clone())
+        self.c = nn.Parameter(_numbers("c", c))
         self.event_dim = event_dim
 
     def forward(self, value: Tensor) -> Tensor:
-        squared = value**2
+        squared = real_numbers("the value that an energy gets", value) ** 2
         if self.event_dim:
             squared = squared.sum(tuple(range(-self.event_dim, 0)))
         return 0.5 * _matched(self.c, squared) * squared
@@ -309,7 +320,8 @@ def gaussian_log_normalizer(energy: LinearEnergy | QuadraticEnergy, loc: Tensor,
     Raises:
         ValueError: if a quadratic energy has ``1 + c scale^2 <= 0``: the integral is infinite.
     """
-    loc, scale = torch.broadcast_tensors(torch.as_tensor(loc), torch.as_tensor(scale))
+    loc, scale = (finite_numbers(*pair) for pair in (("loc", torch.as_tensor(loc)), ("scale", torch.as_tensor(scale))))
+    loc, scale = torch.broadcast_tensors(loc, scale)
     if isinstance(energy, LinearEnergy):
         return (energy.a * loc + 0.5 * (energy.a * scale) ** 2).sum(-1)
     if not isinstance(energy, QuadraticEnergy):

@@ -13,6 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyro_ebm.checks import real_numbers
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.randomness import random_stream
 
@@ -169,7 +170,13 @@ class GaussianMixture2D:
         with torch.no_grad():
             energy = as_energy(energy)
             points = self._points if isinstance(energy, _LogRatio) else self._points.to(self.locs)
-            return self._log_base - energy(points).double()
+            found = real_numbers("what the energy returns", energy(points))
+            if bool((found.isnan() | (found == -math.inf)).any()):
+                raise ValueError(
+                    f"the energy is NaN or minus infinity at {int((~(found > -math.inf)).sum())} of {len(found)} "
+                    f"points of the grid: there is no such tilt; check its weights"
+                )
+            return self._log_base - found.double()
 
 
 class _Mixture(TorchDistribution):

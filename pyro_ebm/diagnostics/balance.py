@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.arrays import Array, as_tensor
-from pyro_ebm.checks import whole_number
+from pyro_ebm.checks import finite_numbers, real_numbers, whole_number
 
 __all__ = [
     "ClassBalance",
@@ -63,7 +63,7 @@ class LabelClassifier:
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import SVC
 
-        images, labels = as_tensor(images), as_tensor(labels)
+        images, labels = as_tensor(images), _whole_labels("labels", as_tensor(labels))
         classes, folds = _checked_labels(images, labels)
         features, targets = _features(images), labels.detach().cpu().numpy()
         if (features == features[0]).all():
@@ -211,7 +211,7 @@ def class_balance(
     """
     import numpy as np
 
-    labels, names = as_tensor(labels).detach().cpu().to(torch.int64).flatten(), tuple(int(label) for label in classes)
+    labels, names = _whole_labels("labels", as_tensor(labels)).cpu().flatten(), tuple(int(label) for label in classes)
     n, equal = len(labels), weights is None
     weights = _checked_weights(labels, names, as_tensor(weights))
     if not 0.0 < prob < 1.0:
@@ -278,6 +278,7 @@ def mean_confidence(probabilities: Tensor) -> float:
     """
     if probabilities.ndim != 2 or not probabilities.numel():
         raise ValueError(f"probabilities must have shape (n, classes), n >= 1, got {tuple(probabilities.shape)}")
+    real_numbers("probabilities", probabilities)
     if not bool((probabilities >= 0).all() and ((probabilities.sum(-1) - 1).abs() < 1e-3).all()):
         raise ValueError("probabilities must be non-negative and each row sum to 1; pass what predict_proba returns")
     return probabilities.detach().double().amax(-1).mean().item()
@@ -315,6 +316,7 @@ def class_diversity(
                 f"{name}images must have shape (n, *event_shape) and {name}labels shape (n,), generated and real of "
                 f"one shape, got {tuple(data.shape)} and {tuple(marks.shape)}"
             )
+        finite_numbers(f"{name}images", data)
     wanted = _mean_squared_distances(real_images, real_labels, classes)
     if not bool((wanted > 0).all()):
         lacking = [label for label, spread in zip(classes, wanted.tolist(), strict=True) if not spread > 0]
@@ -340,6 +342,7 @@ def _difference(p: Tensor | Sequence[float], target: Tensor | Sequence[float] | 
 
 
 def _checked_simplex(name: str, values: Tensor | Sequence[float]) -> Tensor:
+    real_numbers(name, torch.as_tensor(values))
     values = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"{name} must have shape (classes,), got {tuple(values.shape)}")
@@ -359,7 +362,7 @@ def _checked_weights(labels: Tensor, classes: tuple[int, ...], weights: Tensor |
         raise ValueError(f"labels must be among the classes {list(classes)}, got also {unknown}")
     if weights is None:
         return torch.full((len(labels),), 1.0 / len(labels), dtype=torch.float64, device="cpu")
-    weights = weights.detach().to("cpu", torch.float64).flatten()
+    weights = real_numbers("weights", weights).detach().to("cpu", torch.float64).flatten()
     total = weights.sum()
     if len(weights) != len(labels) or not bool((weights >= 0).all()) or not 0.0 < total.item() < math.inf:
         raise ValueError(
@@ -367,6 +370,14 @@ def _checked_weights(labels: Tensor, classes: tuple[int, ...], weights: Tensor |
             f"that sum to {total.item():.6g} (for log weights pass their exp)"
         )
     return weights / total
+
+
+def _whole_labels(name: str, labels: Tensor) -> Tensor:
+    """Labels as int64; those that are no whole numbers would become some."""
+    labels = finite_numbers(name, labels).detach()
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
+        raise ValueError(f"{name} must be whole numbers, got {labels[labels != labels.round()].flatten()[:5].tolist()}")
+    return labels.to(torch.int64)
 
 
 def _checked_labels(images: Tensor, labels: Tensor) -> tuple[tuple[int, ...], int]:
@@ -385,6 +396,4 @@ def _checked_labels(images: Tensor, labels: Tensor) -> tuple[tuple[int, ...], in
 
 def _features(images: Tensor) -> Any:
     """Images as a numpy matrix (n, pixels)."""
-    if not torch.isfinite(images).all():
-        raise ValueError("images must be finite, got NaN or infinity")
-    return images.detach().flatten(1).to("cpu", torch.float32).numpy()
+    return finite_numbers("images", images).detach().flatten(1).to("cpu", torch.float32).numpy()

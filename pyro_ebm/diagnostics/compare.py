@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
+from pyro_ebm.checks import finite_numbers
 from pyro_ebm.convergence import agreement, superchains_of, worst_agreement
 from pyro_ebm.diagnostics.moments import (
     MIN_ISLANDS,
@@ -103,7 +104,8 @@ def compare(
 
     Raises:
         TypeError: if an entry or the reference is not a ``Draws``.
-        ValueError: if there is nothing to compare, sites or shapes differ, or no entry has the reference's name.
+        ValueError: if there is nothing to compare, sites or shapes differ, no entry has the reference's name, or the
+            reference holds NaN or infinity.
 
     Reference:
         Vehtari et al. (2021), Rank-normalization, folding, and localization, for the R-hat and ESS limits;
@@ -131,12 +133,15 @@ def compare(
 
 
 def find_reference(draws: Mapping[str, Draws], reference: Draws | str | None) -> Draws | None:
-    """The reference itself, or the entry of that name."""
-    if not isinstance(reference, str):
-        return reference
-    if reference not in draws:
-        raise ValueError(f"reference {reference!r} is not among the draws; names: {sorted(draws)}")
-    return draws[reference]
+    """The reference itself, or the entry of that name; a ValueError where it holds NaN."""
+    if isinstance(reference, str):
+        if reference not in draws:
+            raise ValueError(f"reference {reference!r} is not among the draws; names: {sorted(draws)}")
+        reference = draws[reference]
+    if isinstance(reference, Draws):
+        compared = {site for each in draws.values() for site in each.values}
+        _check_finite(reference, [site for site in reference.values if site in compared])
+    return reference
 
 
 def _check_entries(draws: Mapping[str, Draws]) -> None:
@@ -164,6 +169,14 @@ def _shared_sites(draws: Mapping[str, Draws], reference: Draws | None) -> list[s
                 f"reference must have the draws' sites with their shapes, {first}; it has {known}"
             )
     return sorted(first)
+
+
+def _check_finite(reference: Draws, sites: list[str]) -> None:
+    """Nothing is an error against a reference with holes: each comparison with it would be left out."""
+    for site in sites:
+        finite_numbers(f"reference: values of site {site!r}", reference.values[site])
+    if bool(reference.weights.isnan().any()):
+        raise ValueError("reference: its weights are NaN; draw it anew, or leave reference=None")
 
 
 def _site_shapes(draws: Draws) -> dict[str, tuple[int, ...]]:

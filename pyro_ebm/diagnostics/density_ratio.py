@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.arviz_statistics import importance_ess
+from pyro_ebm.checks import finite_numbers
 
 __all__ = ["DensityRatio", "density_ratio"]
 
@@ -146,8 +147,7 @@ def _checked_features(numerator: Tensor, denominator: Tensor) -> Any:
                 f"{name} must have shape (n, *event_shape) with n >= {2 * _FOLDS}, got {tuple(data.shape)}; "
                 "fewer data say nothing about a density"
             )
-        if not bool(torch.isfinite(data).all()):
-            raise ValueError(f"{name} must be finite, got NaN or infinite values; drop or impute them")
+        finite_numbers(name, data)
     if numerator.shape[1:] != denominator.shape[1:]:
         raise ValueError(
             "numerator and denominator must hold data of one shape, "

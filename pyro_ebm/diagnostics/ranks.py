@@ -49,8 +49,7 @@ class Calibration:
                     f"ranks[{name!r}] must have shape (simulation,) = {tuple(self.kept.shape)} with at least "
                     f"one simulation, got {tuple(ranks.shape)}"
                 )
-            if ranks.is_floating_point() or int(ranks.min()) < 0 or int(ranks.max()) > self.num_draws:
-                raise ValueError(f"ranks[{name!r}] must be integers from 0 to num_draws = {self.num_draws}")
+            _checked_ranks(f"ranks[{name!r}]", ranks, self.num_draws)
         if not self.ranks:
             raise ValueError("ranks is empty: there is no quantity that varies from draw to draw")
 
@@ -112,6 +111,13 @@ class Calibration:
         }
 
 
+def _checked_ranks(name: str, ranks: Tensor, num_draws: int) -> Tensor:
+    whole = not ranks.is_floating_point() and not ranks.is_complex()
+    if not whole or not len(ranks) or int(ranks.min()) < 0 or int(ranks.max()) > num_draws:
+        raise ValueError(f"{name} must be integers from 0 to num_draws = {num_draws}, one at least")
+    return ranks
+
+
 def _score(found: Tensor, expected: Tensor) -> float:
     """Mean of ``found``, in standard errors from that of the equally likely values ``expected``."""
     sd = expected.std(correction=0)
@@ -137,7 +143,7 @@ class Band(NamedTuple):
 
 def uniform_ecdf(ranks: Tensor, num_draws: int) -> Tensor:
     """Share of the ranks below each of the points of :func:`uniform_band`, (point,), float64."""
-    return _counts(ranks, num_draws).double() / len(ranks)
+    return _counts(_checked_ranks("ranks", ranks, num_draws), num_draws).double() / len(ranks)
 
 
 def uniform_band(num_ranks: int, num_draws: int, prob: float = 0.95) -> Band:
@@ -164,6 +170,7 @@ def uniform_band(num_ranks: int, num_draws: int, prob: float = 0.95) -> Band:
 
 def uniform_p_value(ranks: Tensor, num_draws: int) -> float:
     """Probability that uniform ranks have an ECDF at least as far out as these, in the measure of the band."""
+    ranks = _checked_ranks("ranks", ranks, num_draws)
     points, tails = _tails(len(ranks), num_draws)
     level = float(tails.gather(1, _counts(ranks, num_draws)[:, None]).min())
     # a single point is as far out as this with probability `level` at least; the difference may round to less

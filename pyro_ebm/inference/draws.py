@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.checks import real_numbers
 from pyro_ebm.display import describe_draws, draws_as_html
 from pyro_ebm.estimates import Estimate
 from pyro_ebm.modules import name_of
@@ -120,6 +121,8 @@ class Draws:
                     f"stats[{name!r}] must have shape {first} (chain, draw), or more dimensions after these, "
                     f"got {tuple(stat.shape)}"
                 )
+        for name, value in self.values.items():
+            real_numbers(f"values[{name!r}]", value)
         if self.log_weights is not None and tuple(self.log_weights.shape) != first:
             raise ValueError(f"log_weights must have shape {first}, got {tuple(self.log_weights.shape)}")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.checks import real_numbers
 from pyro_ebm.energies import Energy, FunctionEnergy
 
 __all__ = ["MomentEnergy"]
@@ -75,6 +76,7 @@ class MomentEnergy(Energy):
                 f"features must return shape (*batch, {last}), got {tuple(found.shape)} for a value of shape "
                 f"{tuple(value.shape)}; a single feature needs a last dimension of one: f(v)[..., None]"
             )
+        real_numbers("features", found)
         return found if found.is_floating_point() else found.to(torch.get_default_dtype())
 
     def forward(self, value: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class MomentEnergy(Energy):
         Raises:
             ValueError: not a finite vector, or of another length than before.
         """
-        given = torch.as_tensor(multipliers)
+        given = real_numbers("multipliers", torch.as_tensor(multipliers))
         values = given.detach().to(given.dtype if given.is_floating_point() else torch.get_default_dtype()).clone()
         if values.ndim != 1 or not len(values) or not bool(values.isfinite().all()):
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
-from pyro_ebm.checks import whole_number
+from pyro_ebm.checks import real_numbers, whole_number
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.entry import entry
 from pyro_ebm.errors import InfeasibleError, InferenceError, InferenceWarning, report
@@ -350,7 +350,7 @@ def _unwrapped(base: Distribution) -> tuple[Energy | None, Distribution]:
 
 
 def _checked_target(target: Tensor | Sequence[float] | float, num: int) -> Tensor:
-    values = torch.as_tensor(target).detach().double().cpu()
+    values = real_numbers("target", torch.as_tensor(target)).detach().double().cpu()
     values = values[None] if values.ndim == 0 else values
     if values.shape != (num,):
         raise ValueError(f"target must have one value for each of the {num} features, shape ({num},), "

@@ -132,6 +132,11 @@ class TiltedDistribution(TorchDistribution):
         pool = self.base.sample((max(_OVERSAMPLING * num, self.normalizer.num_samples),))
         event_dim = len(self.event_shape)
         log_weights = -checked_energy(self.energy, pool, event_dim, "TiltedDistribution")
+        if not bool(log_weights.amax(0).isfinite().all()):  # NaN is the largest of all
+            raise ValueError(
+                "sampling a TiltedDistribution: exp(-E) of the base's draws is NaN, infinite or zero throughout; the "
+                "energy returns NaN, is unbounded below, or is +inf wherever the base puts its draws"
+            )
         self._check_pool(log_weights, num)
         weights = torch.softmax(log_weights.reshape(pool.shape[0], -1).T, -1)
         index = torch.multinomial(weights, num, replacement=True).T

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
-from pyro_ebm.checks import whole_number
+from pyro_ebm.checks import real_numbers, whole_number
 from pyro_ebm.deadline import OutOfTime, check_time, time_left
 from pyro_ebm.energies import Energy, FunctionEnergy, as_energy
 from pyro_ebm.errors import report, warn_user
@@ -87,7 +87,7 @@ def checked_energy(energy: Energy, value: Tensor, event_dim: int, name: str) -> 
             f"value of shape {tuple(value.shape)} with event_dim {event_dim}, got {got}; "
             f"sum over the rightmost {event_dim} dimension(s) only"
         )
-    return result
+    return real_numbers(f"what the energy of {name} returns", result)
 
 
 def _leaf(base: Distribution) -> tuple[Distribution, int]:

@@ -282,6 +282,7 @@ def tree():
     return to_arviz(draws, posterior_predictive=predictive(indexed, Y, draws=draws, seed=0))
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")  # up to .8, as below
 def test_leave_one_out_agrees_with_the_closed_form(tree):
     """Conditional on the groups' data: y_i given the others is normal, with moments of linear algebra."""
     loo = quiet_import("arviz").loo(tree, pointwise=True)

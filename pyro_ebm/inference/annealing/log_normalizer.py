@@ -12,6 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
+from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import limited
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.entry import entry
@@ -91,7 +92,7 @@ def log_normalizer(
     energy = as_energy(energy)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    num = _NUM_SAMPLES[method] if num_samples is None else num_samples
+    num = _NUM_SAMPLES[method] if num_samples is None else whole_number("num_samples", num_samples, at_least=2)
     if method in SAMPLED:
         with limited(max_seconds):
             return sampled_log_normalizer(base, energy, method=method, num_samples=num, seed=seed, strict=strict)

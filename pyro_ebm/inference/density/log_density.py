@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
-from pyro_ebm.checks import whole_number
+from pyro_ebm.checks import real_numbers, whole_number
 from pyro_ebm.deadline import check_time
 from pyro_ebm.inference.density.model_target import ModelTarget
 from pyro_ebm.keywords import passes_keywords
@@ -77,6 +77,7 @@ class LogDensity:
             raise ValueError(
                 f"log_prob must return one number per point, shape {tuple(u.shape[:-1])}, got {tuple(value.shape)}"
             )
+        real_numbers("what log_prob returns", value)
         return value.to(u.dtype)  # data of another dtype than the parameters promote it
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
