@@ -139,7 +139,10 @@ class ImportanceSampler:
         with evaluation_mode(self.model, self.guide):
             proposed = self.proposal.run(num=num_samples, measure=self._drawn)
             joint = self.joint.run(proposed.values, measure=self._counted).total
-        return joint - proposed.total, proposed.values, joint
+        # Where numbers of either failed there is no density, and no draw.
+        failed = (joint == -torch.inf) | (proposed.total == -torch.inf)
+        log_weights = torch.where(failed, -torch.inf, joint - proposed.total)
+        return log_weights, proposed.values, joint
 
 
 _Chunk = tuple[Tensor, dict[str, Tensor], Tensor]

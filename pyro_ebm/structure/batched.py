@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_ebm.deadline import check_time
 from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.numerics import FailuresAsNaN, by_halves, failed_numerically
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure.agreement import Batch, difference, differing
 from pyro_ebm.structure.sites import (
@@ -225,6 +226,27 @@ class BatchedModel:
     def _run(
         self, way: str, values: Mapping[str, Tensor], num: int, returned: Sequence[str], measure: Measure | None = None
     ) -> Batch:
+        """All runs; where numbers of one fail, the measure is that of nothing, minus infinity, and the others go on."""
+        try:
+            return self._run_all(way, values, num, returned, measure)
+        except Exception as error:
+            if num == 1 or not failed_numerically(error):
+                raise
+            first = error
+
+        def part(start: int, stop: int) -> Batch:
+            rows = {name: value[start:stop] for name, value in values.items()}
+            return self._run_all(way, rows, stop - start, returned, measure)
+
+        with FailuresAsNaN():
+            parts = by_halves(part, num)
+        if all(batch is None for _, batch in parts):
+            raise first
+        return _joined(parts, way)
+
+    def _run_all(
+        self, way: str, values: Mapping[str, Tensor], num: int, returned: Sequence[str], measure: Measure | None
+    ) -> Batch:
         if way == "plate":
             return self._in_plate(values, num, returned, measure)
         single = functools.partial(self._single, returned=returned, measure=measure)
@@ -302,6 +324,21 @@ def _measured(trace: poutine.Trace, keep: tuple[int, ...], measure: Measure | No
         return {name: keep_dims(site["log_prob"], keep) for name, site in sites.items()}
     found = {name: measure(name, site) for name, site in sites.items()}
     return {name: keep_dims(each, keep) for name, each in found.items() if each is not None}
+
+
+def _joined(parts: Sequence[tuple[int, Batch | None]], way: str) -> Batch:
+    """Parts of many runs as one; one that failed has no density, and some values, those of another."""
+    example = next(batch for _, batch in parts if batch is not None)
+
+    def together(pick: Callable[[Batch], Mapping[str, Tensor]], blank: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {
+            name: torch.cat([blank(like[:1]) if batch is None else pick(batch)[name] for _, batch in parts])
+            for name, like in pick(example).items()
+        }
+
+    measured = together(lambda batch: batch.measured, lambda like: torch.full_like(like, -torch.inf))
+    measured = {name: torch.where(each.isnan(), -torch.inf, each) for name, each in measured.items()}
+    return Batch(together(lambda batch: batch.values, torch.clone), measured, way)
 
 
 def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch.distributions import biject_to
 
 from pyro_ebm.errors import InputError
 from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.numerics import until_numbers_hold
 from pyro_ebm.randomness import forked_rng
 
 __all__ = [
@@ -66,8 +67,18 @@ def unconditioned(model: Callable[..., Any]) -> Callable[..., Any]:
 def prototype_trace(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> poutine.Trace:
-    """One run of the model, to see its sites and shapes; leaves no trace in random state or modules."""
-    with forked_rng(0), torch.no_grad(), poutine.block(), evaluation_mode(model), _Somewhere():
+    """One run of the model, to see its sites and shapes; leaves no trace in random state or modules.
+
+    A draw of the prior at which numbers fail, as a matrix that has no factor, says nothing about the model: then others
+    are tried.
+    """
+    return until_numbers_hold(lambda seed: _one_run(model, args, kwargs, seed))
+
+
+def _one_run(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int
+) -> poutine.Trace:
+    with forked_rng(seed), torch.no_grad(), poutine.block(), evaluation_mode(model), _Somewhere():
         try:
             trace = poutine.trace(model).get_trace(*args, **kwargs)
             _check_values(trace)

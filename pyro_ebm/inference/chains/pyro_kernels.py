@@ -32,6 +32,7 @@ from pyro_ebm.inference.chains.starting_points import StartingPoints
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import frozen
+from pyro_ebm.numerics import until_numbers_hold
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import (
     check_no_subsampling,
@@ -193,8 +194,10 @@ class _Run:
             trace = prototype_trace(untilted(model), args, kwargs)
             check_no_subsampling(trace)
             with pyro.validation_enabled(False):
-                _, potential, transforms, _ = initialize_model(
-                    model, args, kwargs, jit_compile=jit_compile, skip_jit_warnings=True, initial_params={}
+                _, potential, transforms, _ = until_numbers_hold(
+                    lambda attempt: initialize_model(
+                        model, args, kwargs, jit_compile=jit_compile, skip_jit_warnings=True, initial_params={}
+                    )
                 )
             if not transforms:
                 raise ValueError("the model has no continuous latent sites: nothing for this sampler to move")

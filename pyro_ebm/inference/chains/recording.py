@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from pyro_ebm.deadline import Limit, OutOfTime, check_time, time_left, time_limit
 from pyro_ebm.inference.density.gradients import broken_gradient
 from pyro_ebm.inference.resampling import number_of_distinct
+from pyro_ebm.numerics import failed_numerically, until_numbers_hold
 
 __all__ = [
     "CountedPotential",
@@ -55,7 +56,12 @@ class CountedPotential:
     def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
         check_time()
         self.count += 1
-        return self.potential(params)
+        try:
+            return self.potential(params)
+        except Exception as error:
+            if not failed_numerically(error):
+                raise
+            return sum(value.sum() for value in params.values()) * torch.nan  # type: ignore[return-value]
 
 
 @dataclass
@@ -93,7 +99,7 @@ class RecordedChain:
         setup, self._given = kernel.setup, getattr(kernel, "potential_fn", None)
 
         def counted_setup(*args: Any, **kwargs: Any) -> None:
-            setup(*args, **kwargs)
+            until_numbers_hold(lambda attempt: setup(*args, **kwargs))
             if self.potential is None and isinstance(kernel, HMC):
                 self.potential = kernel.potential_fn = CountedPotential(kernel.potential_fn)
             if isinstance(kernel, HMC):

@@ -19,6 +19,7 @@ from pyro_ebm.inference.chains.starts import LEAST_WORTH
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.importance import importance
 from pyro_ebm.inference.resampling import apart, tempered
+from pyro_ebm.numerics import until_numbers_hold
 from pyro_ebm.structure import DoesNotBroadcast
 
 __all__ = ["INITS", "StartingPoints"]
@@ -118,5 +119,8 @@ class StartingPoints:
 
     def _uniform(self) -> dict[str, Tensor]:
         with pyro.validation_enabled(False):
-            sets = [initialize_model(self.model, self.args, self.kwargs)[0] for _ in range(self.num_chains)]
+            sets = [until_numbers_hold(self._found_by_pyro) for _ in range(self.num_chains)]
         return {name: torch.stack([params[name] for params in sets]) for name in sets[0]}
+
+    def _found_by_pyro(self, attempt: int) -> dict[str, Tensor]:
+        return initialize_model(self.model, self.args, self.kwargs)[0]

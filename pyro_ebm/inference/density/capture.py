@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.deadline import check_time
 from pyro_ebm.errors import InferenceError
+from pyro_ebm.numerics import FailuresAsNaN, failed_numerically, function_by_rows
 
 __all__ = ["Captured", "captured"]
 
@@ -23,8 +24,8 @@ _FILLS = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_
 class Captured:
     """A function ready to be called many times with points of one shape, (chains, ...).
 
-    Where a matrix of one chain is singular, torch ends the whole call: then chains are taken one by one, and the
-    results of those that fail are NaN, which no sampler accepts.
+    Where the numbers of one chain fail, as a singular matrix does, its results are NaN, which no sampler accepts: a
+    graph is recorded without torch's checks, and what raises all the same is called for parts of the chains.
 
     Attributes:
         kind: ``"captured"``, ``"compiled"``, or ``"eager"`` where the function could not be captured.
@@ -40,21 +41,15 @@ class Captured:
         with torch.no_grad():  # weights in the graph may ask for gradients
             try:
                 results = self._function(u)
-            except torch.linalg.LinAlgError:
-                if not self._shapes:
+            except Exception as error:
+                if not self._shapes or not failed_numerically(error):
                     raise
-                return self._one_by_one(u)
+                return function_by_rows(self._eager, u, self._blank)
             self._shapes = self._shapes or [result.shape[1:] for result in results]
             return results
 
-    def _one_by_one(self, u: Tensor) -> tuple[Tensor, ...]:
-        rows = []
-        for row in u.split(1):
-            try:
-                rows.append(list(self._eager(row)))
-            except torch.linalg.LinAlgError:
-                rows.append([u.new_full((1, *shape), torch.nan) for shape in self._shapes])
-        return tuple(torch.cat(column) for column in zip(*rows, strict=True))
+    def _blank(self, row: Tensor) -> tuple[Tensor, ...]:
+        return tuple(row.new_full((1, *shape), torch.nan) for shape in self._shapes)
 
 
 @torch.no_grad()
@@ -72,8 +67,12 @@ def captured(function: _Function, u: Tensor, *, compile: bool = False) -> Captur
     Raises:
         InferenceError: if ``torch.compile`` fails (it needs a C++ compiler).
     """
+    def recorded(point: Tensor) -> tuple[Tensor, ...]:
+        with FailuresAsNaN():
+            return tuple(function(point))
+
     try:
-        graph = _simplified(make_fx(lambda point: tuple(function(point)))(u), u)
+        graph = _simplified(make_fx(recorded)(u), u)
         problem = _difference(graph, function, u)
     except Exception as error:  # torch raises all kinds where operations depend on values
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -97,10 +96,21 @@ def _difference(graph: _Function, function: _Function, u: Tensor) -> str | None:
     generator = torch.Generator(u.device).manual_seed(0)
     for scale in (0.1, 1.0):
         elsewhere = u + scale * torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
-        for ours, theirs in zip(graph(elsewhere), function(elsewhere), strict=True):
-            if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * _size(theirs), equal_nan=True):
-                return "its operations depend on the values, or it is random"
+        pairs = list(zip(graph(elsewhere), function(elsewhere), strict=True))
+        # A point without a density may have none in other words: NaN or minus infinity, and any gradient.
+        values = [pair for pair in pairs if pair[0].shape == u.shape[:-1]]
+        known = torch.stack([theirs.isfinite() for _, theirs in values]).all(0) if values else torch.ones(()).bool()
+        same = all(torch.equal(ours.isfinite(), theirs.isfinite()) for ours, theirs in values)
+        if not same or not all(_close(*pair, known.to(u.device)) for pair in pairs):
+            return "its operations depend on the values, or it is random"
     return None
+
+
+def _close(ours: Tensor, theirs: Tensor, known: Tensor) -> bool:
+    """Equal but for rounding, at the points that are known."""
+    if known.ndim:
+        ours, theirs = ours[known], theirs[known]
+    return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * _size(theirs), equal_nan=True)
 
 
 def _size(values: Tensor) -> float:

@@ -14,6 +14,7 @@ from pyro_ebm.checks import real_numbers, whole_number
 from pyro_ebm.deadline import check_time
 from pyro_ebm.inference.density.model_target import ModelTarget
 from pyro_ebm.keywords import passes_keywords
+from pyro_ebm.numerics import failed_numerically, function_by_rows
 from pyro_ebm.tilts.distribution import TiltedDistribution
 from pyro_ebm.tilts.tilt import tilt
 
@@ -72,7 +73,12 @@ class LogDensity:
         expected = (*self.batch, self.dim)
         if u.ndim < len(expected) or tuple(u.shape[u.ndim - len(expected) :]) != expected:
             raise ValueError(f"u must have shape (*chains, {', '.join(map(str, expected))}), got {tuple(u.shape)}")
-        value = self._log_prob(u)
+        try:
+            value = self._log_prob(u)
+        except Exception as error:
+            if not failed_numerically(error):
+                raise
+            value = self._by_rows(lambda rows: (self._log_prob(rows),), u, lambda row: (row.sum(-1) * torch.nan,))[0]
         if value.shape != u.shape[:-1]:
             raise ValueError(
                 f"log_prob must return one number per point, shape {tuple(u.shape[:-1])}, got {tuple(value.shape)}"
@@ -82,11 +88,28 @@ class LogDensity:
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log density (*chains,) and its gradient with respect to ``u``, both detached."""
+        try:
+            return self._value_and_grad(u)
+        except Exception as error:  # of the backward pass
+            if not failed_numerically(error):
+                raise
+            found = self._by_rows(self._value_and_grad, u, lambda row: (row.sum(-1) * torch.nan, row * torch.nan))
+            return found[0], found[1]
+
+    def _value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             value = self(u)
             (grad,) = torch.autograd.grad(value.sum(), u)
         return value.detach(), grad
+
+    def _by_rows(
+        self, function: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, blank: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """A point at which the model's numbers fail has no density; the others have theirs."""
+        lead = u.shape[: u.ndim - 1 - len(self.batch)]
+        found = function_by_rows(function, u.reshape(-1, *u.shape[len(lead) :]), blank)
+        return tuple(part.reshape(*lead, *part.shape[1:]) for part in found)
 
     @property
     def by_name(self) -> bool:

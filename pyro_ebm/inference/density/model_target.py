@@ -19,6 +19,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.inference.density.enumeration import enumerable_sites, summed_out
 from pyro_ebm.inference.density.guides import by_way_of_others, check_proposes, check_supports
 from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.numerics import until_numbers_hold
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
@@ -259,11 +260,17 @@ class ModelTarget:
             ValueError: a support that depends on other sites; independent data that are not.
         """
         generator = torch.Generator().manual_seed(0)
-        u = 0.5 * torch.randn((2, *self.batch, self.dim), generator=generator, dtype=self.like.dtype, device="cpu")
-        u = u.to(self.like.device)
+
+        @torch.no_grad()
+        def points(attempt: int) -> tuple[Tensor, dict[str, Tensor]]:
+            u = 0.5 * torch.randn((2, *self.batch, self.dim), generator=generator, dtype=self.like.dtype, device="cpu")
+            values, _ = self._unpack(u.to(self.like.device))
+            for row in (1, 0):
+                self._check_supports({name: value[row] for name, value in values.items()})
+            return u.to(self.like.device), values
+
+        u, values = until_numbers_hold(points)
         with torch.no_grad():
-            values, _ = self._unpack(u)
-            self._check_supports({name: value[1] for name, value in values.items()})
             self._density.choose(values)
         if self.batch.numel() > 1:
             self._check_independent(u)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.modules import evaluation_mode
+from pyro_ebm.numerics import until_numbers_hold
 
 __all__ = ["points_by_strategy"]
 
@@ -37,6 +38,8 @@ def points_by_strategy(density: LogDensity, num: int, strategy: Callable[..., An
     rows = []
     with evaluation_mode(target.base), poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
         for _ in range(num):
-            trace = poutine.trace(InitMessenger(strategy)(model)).get_trace(*target.args, **target.kwargs)
+            trace = until_numbers_hold(
+                lambda attempt: poutine.trace(InitMessenger(strategy)(model)).get_trace(*target.args, **target.kwargs)
+            )
             rows.append({site.name: trace.nodes[site.name]["value"].detach() for site in target.sites})
     return density.unconstrain({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
