@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_ebm.structure.ways import Failure
 
-__all__ = ["Batch", "difference", "differing"]
+__all__ = ["Batch", "difference", "differing", "joined"]
 
 
 class Batch(NamedTuple):
@@ -69,3 +69,18 @@ def _agree(ours: Tensor, theirs: Tensor) -> bool:
     if not ours.is_floating_point():
         return torch.equal(ours, theirs)
     return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def joined(parts: Sequence[tuple[int, Batch | None]], way: str) -> Batch:
+    """Parts of many runs as one; one that failed has no density, and some values, those of another."""
+    example = next(batch for _, batch in parts if batch is not None)
+
+    def together(pick: Callable[[Batch], Mapping[str, Tensor]], blank: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {
+            name: torch.cat([blank(like[:1]) if batch is None else pick(batch)[name] for _, batch in parts])
+            for name, like in pick(example).items()
+        }
+
+    measured = together(lambda batch: batch.measured, lambda like: torch.full_like(like, -torch.inf))
+    measured = {name: torch.where(each.isnan(), -torch.inf, each) for name, each in measured.items()}
+    return Batch(together(lambda batch: batch.values, torch.clone), measured, way)

@@ -19,7 +19,7 @@ from pyro_ebm.deadline import check_time
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.numerics import FailuresAsNaN, by_halves, failed_numerically
 from pyro_ebm.randomness import forked_rng
-from pyro_ebm.structure.agreement import Batch, difference, differing
+from pyro_ebm.structure.agreement import Batch, difference, differing, joined
 from pyro_ebm.structure.sites import (
     event_dim_of,
     is_deterministic,
@@ -242,7 +242,7 @@ class BatchedModel:
             parts = by_halves(part, num)
         if all(batch is None for _, batch in parts):
             raise first
-        return _joined(parts, way)
+        return joined(parts, way)
 
     def _run_all(
         self, way: str, values: Mapping[str, Tensor], num: int, returned: Sequence[str], measure: Measure | None
@@ -324,21 +324,6 @@ def _measured(trace: poutine.Trace, keep: tuple[int, ...], measure: Measure | No
         return {name: keep_dims(site["log_prob"], keep) for name, site in sites.items()}
     found = {name: measure(name, site) for name, site in sites.items()}
     return {name: keep_dims(each, keep) for name, each in found.items() if each is not None}
-
-
-def _joined(parts: Sequence[tuple[int, Batch | None]], way: str) -> Batch:
-    """Parts of many runs as one; one that failed has no density, and some values, those of another."""
-    example = next(batch for _, batch in parts if batch is not None)
-
-    def together(pick: Callable[[Batch], Mapping[str, Tensor]], blank: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        return {
-            name: torch.cat([blank(like[:1]) if batch is None else pick(batch)[name] for _, batch in parts])
-            for name, like in pick(example).items()
-        }
-
-    measured = together(lambda batch: batch.measured, lambda like: torch.full_like(like, -torch.inf))
-    measured = {name: torch.where(each.isnan(), -torch.inf, each) for name, each in measured.items()}
-    return Batch(together(lambda batch: batch.values, torch.clone), measured, way)
 
 
 def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
