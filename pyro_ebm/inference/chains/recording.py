@@ -102,7 +102,7 @@ class RecordedChain:
             until_numbers_hold(lambda attempt: setup(*args, **kwargs))
             if self.potential is None and isinstance(kernel, HMC):
                 self.potential = kernel.potential_fn = CountedPotential(kernel.potential_fn)
-            if isinstance(kernel, HMC):
+            if isinstance(kernel, HMC) and kernel.initial_params:
                 self._check_start(kernel)
             self._count = self.count
             start = getattr(kernel, "initial_params", None) or {}
