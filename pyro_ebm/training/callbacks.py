@@ -21,7 +21,8 @@ class EpochEnd:
         epoch: epochs finished, those before a resume included.
         train_loss: mean loss per datum of each epoch so far.
         validation_loss: loss per datum at the end of each; empty without validation.
-        best_epoch: the epoch with the best loss so far, whose weights would be kept; 0: none yet.
+        metrics: name -> value at the end of each epoch, of the metrics of :class:`Validation`.
+        best_epoch: the epoch with the best validation loss so far; 0: none yet.
         modules: what is trained, with the weights of this epoch, in ``eval()`` mode.
     """
 
@@ -29,6 +30,7 @@ class EpochEnd:
         past = run.progress
         self.epoch, self.best_epoch = past.epoch, past.best_epoch
         self.train_loss, self.validation_loss = list(past.train_loss), list(past.validation_loss)
+        self.metrics = {name: list(values) for name, values in past.metrics.items()}
         self.modules: list[nn.Module] = list(run.trained)
         self.stopping = False
 

@@ -31,10 +31,22 @@ from pyro_ebm.training.minibatch import Survey, num_data_of, survey
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.run import Run
 from pyro_ebm.training.selection import Average, keep_of
-from pyro_ebm.training.sources import Source, source_of, split_of, validation_of
+from pyro_ebm.training.sources import Source, Weighted, is_weighted, source_of, split_of, validation_of
+from pyro_ebm.training.steps import Batches, EachStep, make_scheduler
 from pyro_ebm.training.validation import Judge, Validation
 
-__all__ = ["Average", "Checkpoint", "FitResult", "Validation", "fit", "load_weights", "save_weights"]
+__all__ = [
+    "Average",
+    "Batches",
+    "Checkpoint",
+    "EachStep",
+    "FitResult",
+    "Validation",
+    "Weighted",
+    "fit",
+    "load_weights",
+    "save_weights",
+]
 
 Data = Any  # tensors, arrays, tables, tuples of them, a Dataset, a DataLoader
 Trained = nn.Module | str  # the name of a pyro.param
@@ -107,9 +119,9 @@ def fit(
     objective: Any = None,
     train: Trained | Sequence[Trained] | Sequence[Sequence[Trained]] | None = None,
     optimizer: MakeOptimizer | None = None,
-    scheduler: MakeScheduler | None = None,
+    scheduler: MakeScheduler | EachStep | None = None,
     epochs: int = 100,
-    batch_size: int = 128,
+    batch_size: int | Batches = 128,
     validation: float | Data | Validation | None = 0.1,
     keep: str | Average | None = None,
     patience: int | str | None = "auto",
@@ -139,7 +151,8 @@ def fit(
         data: a tensor, array or table, or several with the same first dimension, along which minibatches are taken: a
             tuple, or a dict by the first arguments of model and guide. Of a ``Dataset`` items are read when their
             minibatch comes. A ``DataLoader`` has its own batches (no ``batch_size=``) and order: it follows ``seed``,
-            and resumes exactly, unless it has its own generator.
+            and resumes exactly, unless it has its own generator. :class:`Weighted` gives each datum a weight. None: the
+            model holds its data, takes no arguments, and an epoch is one step (with ``validation=None``).
         objective: a Pyro ELBO such as ``pyro.infer.Trace_ELBO()`` (the default), or a function
             ``(model, guide, *batch)`` that returns the loss as a scalar, summed over the batch. An object
             may also have ``validation(model, guide, *batch)``, the loss to validate with where its own is no
@@ -151,10 +164,11 @@ def fit(
             as in ``[[vae], [energy]]``, take turns: with each minibatch each group makes a step while the others
             stand still, in ``eval()`` mode. The first group's objective validates.
         optimizer: makes a torch optimizer from the list of parameters; Adam with lr=1e-3 by default.
-        scheduler: makes a torch learning-rate scheduler from the optimizer, stepped after each epoch; for
-            instance ``functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)``.
+        scheduler: makes a torch learning-rate scheduler from the optimizer, stepped after each epoch (within
+            ``EachStep(...)`` after each step); for instance
+            ``functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)``.
         epochs: passes over the data, those before a resume included.
-        batch_size: data per step.
+        batch_size: data per step, or :class:`Batches`, of which several make a step.
         validation: share of the data held apart, or other data in the form of ``data``, or None; or a
             :class:`Validation`, which adds metrics. The validation loss is taken in ``eval()`` mode, as the mean over
             several draws, the same at each epoch, those of log Z included.
@@ -190,7 +204,8 @@ def fit(
         >>> result.stopped, len(result.validation_loss)
         ('epochs', 3)
     """
-    _check_numbers(epochs, batch_size, patience, clip_grad_norm, seed)
+    cut = Batches.of(batch_size)
+    _check_numbers(epochs, patience, clip_grad_norm, seed)
     source = source_of("data", data, model, guide)
     wanted = Validation.of(validation)
     held_apart = validation_of(None if wanted is None else wanted.data, source, model, guide)
@@ -202,24 +217,24 @@ def fit(
         seed = saved["seed"] if saved else int(torch.randint(2**62, (), device="cpu"))
     train_on, judge_on = split_of(source, held_apart, seed)
     keep = keep_of(keep, validated=judge_on is not None, changing=losses[0].changes)
-    patience = _patience(patience, judge_on, losses[0], train_on.num_batches(batch_size))
+    patience = _patience(patience, judge_on, losses[0], train_on.num_batches(cut.size) / cut.accumulate)
     found = modules_of(model, guide)
     with forked_rng(seed), warnings.catch_warnings(), own_parameters(model, guide):
         # The loop finds these itself and says more about them.
         warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
-        surveyed = _survey(losses, train_on, judge_on, batch_size, found)
+        surveyed = _survey(losses, train_on, judge_on, cut.size, found)
         groups = modules_to_train(train, found, surveyed.params)
         with only_training([m for group in groups for m in group], found) as parameters:
             made = _make_optimizer(optimizer, parameters)
             judge = None if wanted is None or judge_on is None else Judge(
                 wanted, judge_on, losses[0], surveyed.shares,
-                batch_size=batch_size, seed=seed + 2, device=parameters[0].device,
+                batch_size=cut.size, seed=seed + 2, device=parameters[0].device,
             )  # fmt: skip
             run = Run(
                 with_losses(groups, losses, parameters), made, train_on, judge,
                 keep=keep, shares=surveyed.shares,
-                batch_size=batch_size, clip_grad_norm=clip_grad_norm, seed=seed, named=train is not None,
-                scheduler=_make_scheduler(scheduler, made),
+                cut=cut, clip_grad_norm=clip_grad_norm, seed=seed, named=train is not None,
+                scheduler=make_scheduler(scheduler, made), each_step=isinstance(scheduler, EachStep),
                 found=found,
             )  # fmt: skip
             if saved and kept:
@@ -297,12 +312,13 @@ def _survey(
     losses: Sequence[Objective], train_on: Source, judge_on: Source | None, batch_size: int, found: list[nn.Module]
 ) -> Survey:
     """See what the losses do with a minibatch; what makes its parameters when first called, as autoguides, does."""
-    num, batch = train_on.num_data(), train_on.first(batch_size)
+    num, batch, weighted = train_on.num_data(), train_on.first(batch_size), is_weighted(train_on)
     whole = judge_on is None and num == num_data_of(batch)
+    batch = batch[:-1] if weighted else batch
     surveys = []
     for loss in {id(loss): loss for loss in losses}.values():
         state = loss.state()
-        surveys.append(survey(loss.value, batch, found, num_data=num, whole=whole))
+        surveys.append(survey(loss.value, batch, found, num_data=num, whole=whole, weighted=weighted))
         loss.load_state(state)
     first = surveys[0]
     first.params = list(dict.fromkeys(name for each in surveys for name in each.params))
@@ -333,20 +349,7 @@ def _make_optimizer(make: Any, parameters: list[nn.Parameter]) -> torch.optim.Op
     return made
 
 
-def _make_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> Any:
-    if make is None:
-        return None
-    made = make(optimizer) if callable(make) else make
-    if not isinstance(made, torch.optim.lr_scheduler.LRScheduler) or made.optimizer is not optimizer:
-        raise TypeError(
-            f"scheduler must be a function of the optimizer that makes a torch learning-rate scheduler for "
-            f"it, got {type(made).__name__}; for instance "
-            f"functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)"
-        )
-    return made
-
-
-def _patience(patience: Any, judge_on: Source | None, loss: Objective, steps: int) -> int | None:
+def _patience(patience: Any, judge_on: Source | None, loss: Objective, steps: float) -> int | None:
     """How many epochs to wait for a better loss: by itself ten, and of few steps as many as make five hundred."""
     judged = judge_on is not None and not loss.changes
     if patience is None or (patience == "auto" and not judged):
@@ -357,8 +360,8 @@ def _patience(patience: Any, judge_on: Source | None, loss: Objective, steps: in
     return max(_PATIENCE, math.ceil(_PATIENT_STEPS / steps)) if patience == "auto" else int(patience)
 
 
-def _check_numbers(epochs: Any, batch_size: Any, patience: Any, clip_grad_norm: Any, seed: Any) -> None:
-    counts = {"epochs": epochs, "batch_size": batch_size}
+def _check_numbers(epochs: Any, patience: Any, clip_grad_norm: Any, seed: Any) -> None:
+    counts = {"epochs": epochs}
     if patience is not None and patience != "auto":
         counts["patience"] = patience
     for name, count in counts.items():

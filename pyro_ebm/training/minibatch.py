@@ -38,18 +38,27 @@ class Shares:
         outside: sites that belong to all data.
         num_data: how many these are; None: nobody knows.
         full_size: of the plate that scales the minibatch up; None: there is none.
+        plates: along the data.
+        weighted: whether the last tensor of a minibatch has the weights of its data.
     """
 
     outside: frozenset[str] = frozenset()
     num_data: int | None = None
     full_size: int | None = None
+    plates: frozenset[str] = frozenset()
+    weighted: bool = False
+
+    def arguments(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What of a minibatch model and guide are called with."""
+        return batch[:-1] if self.weighted else batch
 
     def counting(self, batch: Sequence[Tensor]) -> AbstractContextManager[Any]:
-        """Within this block the sites that belong to all data count in part."""
-        num = num_data_of(batch)
-        if not self.outside or self.num_data is None or num == self.num_data:
+        """Within this block data count by their weights, and the sites that belong to all data in part."""
+        num, weights = num_data_of(batch), batch[-1] if self.weighted else None
+        factor = 1.0 if self.num_data is None else num / self.num_data
+        if weights is None and (not self.outside or factor == 1):
             return nullcontext()
-        return _Scaled(self.outside, num / self.num_data)
+        return _Scaled(self.outside, factor, self.plates, weights)
 
     def divisor(self, batch: Sequence[Tensor]) -> int:
         """What turns the loss of a minibatch into a loss per datum."""
@@ -57,15 +66,21 @@ class Shares:
 
 
 class _Scaled(Messenger):
-    """Scales some sites."""
+    """Scales some sites by a factor, and those in some plates by weights along these."""
 
-    def __init__(self, sites: frozenset[str], factor: float) -> None:
+    def __init__(
+        self, sites: frozenset[str], factor: float, plates: frozenset[str], weights: Tensor | None
+    ) -> None:
         super().__init__()
-        self.sites, self.factor = sites, factor
+        self.sites, self.factor, self.plates, self.weights = sites, factor, plates, weights
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.sites:
             msg["scale"] = msg["scale"] * self.factor
+        elif self.weights is not None and not site_is_subsample(msg):
+            for frame in msg["cond_indep_stack"]:
+                if frame.name in self.plates and frame.dim is not None:
+                    msg["scale"] = msg["scale"] * self.weights.reshape(-1, *[1] * (-frame.dim - 1))
 
 
 @dataclass
@@ -86,8 +101,9 @@ class Survey:
 
 
 def survey(
-    run: Run, batch: tuple[Tensor, ...], found: Sequence[nn.Module], *, num_data: int | None, whole: bool
-) -> Survey:
+    run: Run, batch: tuple[Tensor, ...], found: Sequence[nn.Module], *,
+    num_data: int | None, whole: bool, weighted: bool = False,
+) -> Survey:  # fmt: skip
     """Look at a loss: which sites it visits, and which of them belong to all data.
 
     A site does if nothing about it changes with the minibatch: neither its plates nor its shape with the number of
@@ -99,17 +115,20 @@ def survey(
         found: the modules behind it, for their mode.
         num_data: how many data there are in all; None: nobody knows.
         whole: whether no other minibatch is ever taken than the whole data.
+        weighted: whether data have weights.
 
     Raises:
-        ValueError: a plate of the model takes a subsample that is none of the minibatch's.
+        ValueError: a plate of the model takes a subsample that is none of the minibatch's; weights of data that no
+            plate tells apart.
     """
     first, error = _look(run, batch, found)
     if error is not None:
         _refuse_subsample(first, batch, error)
         return Survey(params=list(first.params))  # the training itself will say better what is wrong
     num = num_data_of(batch)
-    if whole or num < 2:
-        return Survey(Shares(num_data=num_data), list(first.params))
+    if (whole and not weighted) or num < 2:
+        plates = frozenset(plate for stack in first.plates.values() for plate, size in stack if size == num)
+        return Survey(Shares(num_data=num_data, plates=plates, weighted=weighted), list(first.params))
     fewer, error = _look(run, tuple(part[: num - 1] for part in batch), found)
     if error is not None:
         _refuse_subsample(fewer, batch, error)
@@ -124,13 +143,27 @@ def survey(
         # A share that follows the minibatch was given by hand.
         outside = [n for n in first.sites if n not in inside and first.scales[n] == fewer.scales.get(n)]
     params = list(first.params)
+    plates = frozenset(plate for stack in first.plates.values() for plate, size in stack if size == num)
+    plates -= {plate for stack in fewer.plates.values() for plate, size in stack if size == num}
+    if weighted:
+        _require_plates(first, inside, plates)
     if scaled:
         plate, full = next(iter(scaled.items()))
-        return Survey(Shares(full_size=full), params, plate=plate)
+        return Survey(Shares(full_size=full, plates=plates, weighted=weighted), params, plate=plate)
     if num_data is not None and num < num_data:  # so is one that is a minibatch's
         outside = [n for n in outside if not math.isclose(first.scales[n], num / num_data, rel_tol=0.02)]
     outside = outside if inside else []
-    return Survey(Shares(frozenset(outside), num_data), params, outside if num_data is None else [])
+    shares = Shares(frozenset(outside), num_data, None, plates, weighted)
+    return Survey(shares, params, outside if num_data is None else [])
+
+
+def _require_plates(seen: _Look, inside: set[str], plates: frozenset[str]) -> None:
+    alone = [name for name in sorted(inside) if not plates & {plate for plate, _ in seen.plates[name]}]
+    if alone:
+        raise ValueError(
+            f"the sites {alone} change with the data but lie in no plate along them, so that no datum has a weight of "
+            f"its own; put them into pyro.plate('data', len(x))"
+        )
 
 
 class _Look(Messenger):
@@ -139,6 +172,7 @@ class _Look(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.sites: dict[str, list[tuple[Any, ...]]] = {}
+        self.plates: dict[str, tuple[tuple[str, int], ...]] = {}
         self.densities: dict[str, float] = {}
         self.scales: dict[str, float] = {}
         self.params: dict[str, None] = {}
@@ -158,6 +192,7 @@ class _Look(Messenger):
             enlarged = frame.full_size is not None and frame.full_size != frame.size
             self.enlarged |= {frame.name: (frame.size, frame.full_size)} if enlarged else {}
         plates = tuple((frame.name, frame.size) for frame in msg["cond_indep_stack"])
+        self.plates[name] = (*self.plates.get(name, ()), *plates)
         seen = (*(size for _, size in plates), *getattr(value, "shape", ()), *msg["fn"].batch_shape)
         self.sites.setdefault(name, []).append((*(plate for plate, _ in plates), *seen))
         self.scales[name] = _mean(msg["scale"])

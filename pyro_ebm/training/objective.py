@@ -79,8 +79,8 @@ class Objective:
         with torch.no_grad():
             return float(self._tensor("measure", batch, epoch))
 
-    def gradients(self, parameters: list[nn.Parameter], *batch: Tensor, num: int, epoch: int = 1) -> Tensor:
-        """Put the gradients of the loss over ``num`` into the parameters; return that loss."""
+    def gradients(self, parameters: list[nn.Parameter], *batch: Tensor, num: float, epoch: int = 1) -> Tensor:
+        """Add the gradients of the loss over ``num`` to the parameters; return that loss."""
         if self._loss is not None:
             loss = self._tensor("loss", batch, epoch) / num
             if not loss.requires_grad:
@@ -92,10 +92,14 @@ class Objective:
             return loss.detach()
         # RenyiELBO, TraceGraph_ELBO and their like insist on doing the backward pass themselves.
         model, guide = self.args
-        loss = self.given.loss_and_grads(_with_parameter_site(model), guide, *batch)
+        before = [p.grad for p in parameters]
         for p in parameters:
+            p.grad = None
+        loss = self.given.loss_and_grads(_with_parameter_site(model), guide, *batch)
+        for p, old in zip(parameters, before, strict=True):
             if p.grad is not None:
                 p.grad /= num
+            p.grad = old if p.grad is None else p.grad if old is None else p.grad + old
         return torch.as_tensor(loss, dtype=parameters[0].dtype, device=parameters[0].device) / num
 
     def state(self) -> Any:

@@ -31,6 +31,7 @@ from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.saved_run import require_possible
 from pyro_ebm.training.selection import Average, Moving, within_error
 from pyro_ebm.training.sources import Source
+from pyro_ebm.training.steps import Batches, parts_of_steps
 from pyro_ebm.training.validation import Judge, Judgment
 
 __all__ = ["Group", "Progress", "Run"]
@@ -95,12 +96,13 @@ class Run:
         judge: what takes the validation loss, or None.
         keep: ``"best"`` (with a judge), ``"last"``, or an average of the weights.
         shares: what a minibatch counts for.
-        batch_size: data per step.
+        cut: how steps are cut from the data.
         clip_grad_norm: largest norm of a gradient, or None.
         seed: of the order of the data.
         named: whether the user named the modules, so that each must matter to the loss.
         found: modules behind model and guide; those of which nothing learns stay in ``eval()`` mode.
-        scheduler: of the learning rate, stepped after each epoch, or None.
+        scheduler: of the learning rate, or None.
+        each_step: whether the scheduler is stepped after each step, and not after each epoch.
     """
 
     def __init__(
@@ -112,25 +114,26 @@ class Run:
         *,
         keep: str | Average,
         shares: Shares,
-        batch_size: int,
+        cut: Batches,
         clip_grad_norm: float | None,
         seed: int,
         named: bool,
         found: Sequence[nn.Module] = (),
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        each_step: bool = False,
     ) -> None:
         self.groups, self.optimizer, self.scheduler = groups, optimizer, scheduler
         self.trained = list({id(m): m for group in groups for m in group.modules}.values())
         self.parameters = list({id(p): p for group in groups for p in group.parameters}.values())
         self.objectives = list({id(group.loss): group.loss for group in groups}.values())
-        self.data, self.judge, self.batch_size = data, judge, batch_size
+        self.data, self.judge, self.cut, self.each_step = data, judge, cut, each_step
         self.keeping, self.shares = keep, shares
         self.moving = Moving(self.parameters, keep.decay) if isinstance(keep, Average) else None
         self.clip_grad_norm, self.seed = clip_grad_norm, seed
         self.device = self.parameters[0].device
         self.order = torch.Generator().manual_seed(seed + 1)
         self.progress = Progress()
-        self.guard = WeightGuard(data.num_batches(batch_size))
+        self.guard = WeightGuard(math.ceil(data.num_batches(cut.size) / cut.accumulate))
         self.best = weights_of(self.trained)
         self._named, self._found = named, list(found)
         self._frozen = [m for m in found if not any(p.requires_grad for p in m.parameters())]
@@ -143,6 +146,8 @@ class Run:
             "objective": [loss.description for loss in self.objectives],
             "model": settings_of_modules(found),
             "clip_grad_norm": clip_grad_norm,
+            "validation settings": None if judge is None else judge.settings,
+            "scheduler by": "step" if each_step else "epoch",
         }
 
     def one_epoch(self) -> None:
@@ -153,7 +158,7 @@ class Run:
             judged = Judgment(train_loss, {}, train_loss, []) if self.judge is None else self._validate(self.judge)
             require_finite([judged.loss, judged.score], ["validation loss", "monitored metric"], self._where("the end"))
             chosen = weights_of(self.trained) if self._is_kept(judged) else None
-        if self.scheduler is not None:
+        if self.scheduler is not None and not self.each_step:
             step: Callable[..., None] = self.scheduler.step
             plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
             step(judged.score) if plateau else step()
@@ -186,15 +191,19 @@ class Run:
     def _train(self) -> float:
         """One pass over the data; the mean loss of the first group's steps."""
         num, total = 0, 0.0
-        for step, batch in enumerate(self.data.batches(self.batch_size, self.device, self.order), start=1):
+        batches = self.data.batches(self.cut.size, self.device, self.order)
+        for step, parts in enumerate(parts_of_steps(batches, self.cut.accumulate), start=1):
             losses = []
             for group in self.groups:
                 if step == 1 or len(self.groups) > 1:
                     self._set_modes(group)
-                losses.append(self._step(group, step, batch))
+                losses.append(self._step(group, step, parts))
             if self.moving is not None:
                 self.moving.update()
-            total, num = total + losses[0] * num_data_of(batch), num + num_data_of(batch)
+            if self.each_step and self.scheduler is not None:
+                self.scheduler.step()
+            size = sum(map(num_data_of, parts))
+            total, num = total + losses[0] * size, num + size
         return total / num
 
     def _set_modes(self, group: Group) -> None:
@@ -206,12 +215,9 @@ class Run:
         for module in self._frozen:
             module.eval()
 
-    def _step(self, group: Group, step: int, batch: Tensors) -> float:
+    def _step(self, group: Group, step: int, parts: Sequence[Tensors]) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        stream = (self.seed, self.progress.epoch, step, group.name)
-        divisor, epoch = self.shares.divisor(batch), self.progress.epoch + 1
-        with weights_reported_to(self.guard.listen), log_z_stream(*stream), self.shares.counting(batch):
-            loss = group.loss.gradients(group.parameters, *batch, num=divisor, epoch=epoch)
+        loss = self._gradients(group, step, parts)
         if len(self.groups) > 1:
             self._drop_gradients_outside(group)
         if not group.checked:
@@ -227,6 +233,18 @@ class Run:
             torch.nn.utils.clip_grads_with_norm_(group.parameters, self.clip_grad_norm, norm)
         self.optimizer.step()
         return value
+
+    def _gradients(self, group: Group, step: int, parts: Sequence[Tensors]) -> Tensor:
+        """Put the gradients of a step into the parameters; return its loss per datum."""
+        losses, size, epoch = [], sum(map(num_data_of, parts)), self.progress.epoch
+        for index, part in enumerate(parts):
+            batch = self.shares.arguments(part)
+            stream = (self.seed, epoch, step, group.name, *([index] if index else []))
+            # A part of the step is its share of the mean over the parts.
+            divisor = self.shares.divisor(part) * size / num_data_of(part)
+            with weights_reported_to(self.guard.listen), log_z_stream(*stream), self.shares.counting(part):
+                losses.append(group.loss.gradients(group.parameters, *batch, num=divisor, epoch=epoch + 1))
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def _drop_gradients_outside(self, group: Group) -> None:
         """What some ELBOs leave in other groups; an optimizer passes over parameters without gradient."""
@@ -292,7 +310,8 @@ class Run:
                 "optimizer_class": type(self.optimizer).__name__,
                 "scheduler_class": type(self.scheduler).__name__,
                 "seed": self.seed,
-                "batch_size": self.batch_size,
+                "batch_size": self.cut.size,
+                "accumulate": self.cut.accumulate,
                 "data": self.data.fingerprint(),
                 "validation": None if self.judge is None else self.judge.source.fingerprint(),
                 "keep": repr(self.keeping),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from pyro_ebm.training.data import (
 )
 from pyro_ebm.training.inputs import as_arguments
 
-__all__ = ["Source", "source_of", "split_of", "validation_of"]
+__all__ = ["Source", "Weighted", "is_weighted", "source_of", "split_of", "validation_of"]
 
 
 class Source(Protocol):
@@ -57,6 +58,10 @@ def source_of(name: str, data: Any, model: Any = None, guide: Any = None) -> Sou
         TypeError: what is none.
         ValueError: no data, or such with NaN or infinite values, where they lie in memory.
     """
+    if data is None:
+        return _Nothing()
+    if isinstance(data, Weighted):
+        return data.source(name, model, guide)
     if isinstance(data, DataLoader):
         return _Loader(name, data, functools.partial(as_arguments, name, model=model, guide=guide))
     if isinstance(data, TensorDataset):
@@ -72,6 +77,10 @@ def source_of(name: str, data: Any, model: Any = None, guide: Any = None) -> Sou
 def validation_of(validation: Any, source: Source, model: Any = None, guide: Any = None) -> float | Source:
     """A share of the data in [0, 1), or other data to validate on."""
     if validation is None or isinstance(validation, int | float):
+        if isinstance(source, _Nothing) and validation:
+            raise ValueError(f"validation={validation!r}: nothing can be held apart of data=None; pass validation=None")
+        if isinstance(source, _Nothing):
+            return 0.0
         if isinstance(source, _Loader):
             if validation:
                 raise ValueError(
@@ -81,6 +90,8 @@ def validation_of(validation: Any, source: Source, model: Any = None, guide: Any
             return 0.0
         return checked_share(validation, len(source))  # type: ignore[arg-type]
     other = source_of("validation", validation, model, guide)
+    if is_weighted(source) != is_weighted(other):
+        raise ValueError("validation must have weights where data have, and none where they have none: Weighted(x, w)")
     if isinstance(source, _Memory) and isinstance(other, _Memory):
         checked_validation(other.tensors, source.tensors)
     return other
@@ -91,8 +102,74 @@ def split_of(source: Source, held_apart: float | Source, seed: int) -> tuple[Sou
     return source.split(held_apart, seed) if isinstance(held_apart, float) else (source, held_apart)
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """Data that count by weights of their own: ``fit(model, guide, Weighted(x, weights))``.
+
+    The part of each datum in the loss, its sites in the plate along the data, is multiplied by its weight; what belongs
+    to all data (the prior of a global parameter) is not. Weights with mean one leave the whole as large as it was.
+
+    Args:
+        data: tensors, arrays or tables, as ``fit`` takes them.
+        weights: (n,) above zero.
+
+    Example:
+        >>> import torch
+        >>> Weighted(torch.rand(3, 2), torch.tensor([0.5, 2.0, 0.5])).weights.shape
+        torch.Size([3])
+    """
+
+    data: Any
+    weights: Any
+
+    def source(self, name: str, model: Any, guide: Any) -> Source:
+        """The data with their weights as the last tensor."""
+        if isinstance(self.data, Dataset | DataLoader) and not isinstance(self.data, TensorDataset):
+            raise TypeError(f"{name} with weights must be tensors, arrays or tables, got {type(self.data).__name__}")
+        tensors = self.data.tensors if isinstance(self.data, TensorDataset) else self.data
+        rows = checked_data(name, as_arguments(name, tensors, model, guide))
+        (weights,) = checked_data("weights", self.weights)
+        if weights.shape != rows[0].shape[:1] or not bool((weights > 0).all()):
+            raise ValueError(
+                f"weights must be {len(rows[0])} numbers above zero, one for each datum, got shape "
+                f"{tuple(weights.shape)} and values from {float(weights.min()):g}"
+            )
+        found = _Memory((*rows, weights))
+        found.weighted = True
+        return found
+
+
+def is_weighted(source: Source) -> bool:
+    """Whether the last tensor of the minibatches has the weights of their data."""
+    return getattr(source, "weighted", False)
+
+
+class _Nothing:
+    """No data: the model holds its own, and each pass is one step."""
+
+    def num_data(self) -> int | None:
+        return 1
+
+    def num_batches(self, size: int) -> int:
+        return 1
+
+    def batches(self, size: int, device: torch.device, order: torch.Generator | None = None) -> Iterator[Tensors]:
+        yield ()
+
+    def split(self, share: float, seed: int) -> tuple[Source, Source | None]:
+        return self, None
+
+    def first(self, size: int) -> Tensors:
+        return ()
+
+    def fingerprint(self) -> int:
+        return 0
+
+
 class _Memory:
     """Tensors with one first dimension."""
+
+    weighted = False
 
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = tensors
@@ -113,7 +190,10 @@ class _Memory:
         rest, apart = held_apart_and_rest(len(self), share, seed)
         if apart is None:
             return self, None
-        return _Memory(take(self.tensors, rest)), _Memory(take(self.tensors, apart))
+        parts = _Memory(take(self.tensors, rest)), _Memory(take(self.tensors, apart))
+        for part in parts:
+            part.weighted = self.weighted
+        return parts
 
     def first(self, size: int) -> Tensors:
         return tuple(tensor[:size] for tensor in self.tensors)

@@ -119,6 +119,12 @@ class Judge:
         self.repeats = math.ceil(wanted.num_draws / source.num_batches(self.size))
         self.nats = num if loss.in_nats and wanted.monitor == "loss" else None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides which epoch is the best."""
+        wanted = self.wanted
+        return {"num_draws": wanted.num_draws, "monitor": wanted.monitor, "metrics": list(wanted.metrics)}
+
     def __call__(self, epoch: int) -> Judgment:
         """The loss and the metrics now, in the epoch of that number."""
         sizes: list[int] = []
@@ -139,10 +145,12 @@ class Judge:
 
     def _part(self, batch: tuple[Tensor, ...], epoch: int, noise: tuple[object, ...]) -> list[float]:
         log_z = log_z_stream(*noise, at_least=_LOG_Z_DRAWS)
-        with forked_rng(fingerprint((), *noise)), log_z, self.shares.counting(batch):
-            loss = self.loss.validation(*batch, epoch=epoch) / self.shares.divisor(batch)
+        with forked_rng(fingerprint((), *noise)), log_z:
+            arguments = self.shares.arguments(batch)
+            with self.shares.counting(batch):
+                loss = self.loss.validation(*arguments, epoch=epoch) / self.shares.divisor(batch)
             with torch.no_grad():
-                return [loss, *(_number(*item, self.loss.args, batch) for item in self.wanted.metrics.items())]
+                return [loss, *(_number(*item, self.loss.args, arguments) for item in self.wanted.metrics.items())]
 
 
 def _number(name: str, metric: Metric, args: tuple[Any, ...], batch: tuple[Tensor, ...]) -> float:
