@@ -204,7 +204,7 @@ def test_potential_fn(kernel, num_chains):
         return 0.5 * ((params["z"] - 5.0) ** 2).sum() + 0.5 * ((params["w"] / 3) ** 2).sum()
 
     lead = () if num_chains in (None, 1) else (num_chains,)
-    start = {"z": torch.zeros(*lead, 2), "w": torch.zeros(lead)}
+    start = {"z": torch.randn(*lead, 2), "w": torch.randn(lead)}
     made = kernel(potential_fn=potential)
     mcmc = run(made, num_samples=300, initial_params=start, num_chains=num_chains)
     assert mcmc.get_samples(group_by_chain=True)["z"].shape == (num_chains or 1, 300, 2)
@@ -227,7 +227,7 @@ def test_potential_that_cannot_be_vectorized_runs_one_chain_after_another():
     def potential(params):
         return 0.5 * params["z"] ** 2 if params["z"].item() > -100 else params["z"] * math.inf
 
-    mcmc = run(HMC(potential_fn=potential), num_samples=3, initial_params={"z": torch.zeros(4)}, num_chains=4)
+    mcmc = run(HMC(potential_fn=potential), num_samples=3, initial_params={"z": torch.randn(4)}, num_chains=4)
     assert mcmc.draws.notes["vectorize"] == "loop"
 
 
@@ -373,6 +373,7 @@ def test_what_a_run_leaves_on_its_kernel(kernel):
     assert torch.equal(again.draws.values["x"], mcmc.draws.values["x"])
 
 
+@pytest.mark.filterwarnings("ignore:.*started at 1 point:pyro_ebm.InferenceWarning")
 def test_starting_points_by_strategy():
     made = HMC(eight_sites, init_strategy=init_to_value(values={"x": torch.tensor(0.7), "y": torch.full((2,), 2.0)}))
     run(made, DATA, num_samples=3, warmup_steps=2)
