@@ -78,7 +78,7 @@ class ImportanceSampler:
             check_no_subsampling(trace)
         self.layout, self.observed = Layout.of(trace), observed_sites(trace)
         self.sites = list(latent_sites(trace))
-        if not self.sites:
+        if not self.sites and not per_datum:  # log_likelihood of a model without any is exact
             raise ValueError("the model has no latent sample sites: nothing to sample")
         proposed = self.layout
         if guide is not None:
@@ -137,6 +137,9 @@ class ImportanceSampler:
         Per datum, weights and log density are (num_samples, n).
         """
         with evaluation_mode(self.model, self.guide):
+            if not self.sites:
+                joint = self.joint.run(None, 1, measure=self._counted).total.expand(num_samples, -1)
+                return joint, {}, joint
             proposed = self.proposal.run(num=num_samples, measure=self._drawn)
             joint = self.joint.run(proposed.values, measure=self._counted).total
         # Where numbers of either failed there is no density, and no draw.

@@ -31,6 +31,7 @@ from pyro_ebm.structure.sites import (
     unconditioned,
     unmasked,
 )
+from pyro_ebm.structure.supports import of_mixture
 from pyro_ebm.structure.tilted import Tilted, TiltedCall, tilt_of, tilted_call, unnormalized, untilted
 from pyro_ebm.structure.ways import WAYS, DoesNotBroadcast, Failure, candidate_ways, slowest
 
@@ -62,6 +63,7 @@ __all__ = [
     "model_structure",
     "nothing",
     "observed_sites",
+    "of_mixture",
     "outside_support",
     "padded_shape",
     "plate_depth",

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
@@ -130,8 +131,9 @@ def is_exchangeable(base: Distribution) -> bool:
     if math.prod(base.batch_shape) == 1:
         return True
     parameters = base_parameters(base)
-    if parameters is None:
-        return False
+    batch_dims = len(_leaf(base)[0].batch_shape)
+    if parameters is None or any(tensor.ndim - inner > batch_dims for tensor, inner in parameters):
+        return _same_densities(base)  # parameters that are not known, or have dims of their own: those of components
     for tensor, inner in parameters:
         for dim in range(tensor.ndim - inner):
             if tensor.shape[dim] == 1 or tensor.stride(dim) == 0:
@@ -140,6 +142,21 @@ def is_exchangeable(base: Distribution) -> bool:
             if tensor.requires_grad or not bool((tensor == first).all()):
                 return False
     return True
+
+
+def _same_densities(base: Distribution) -> bool:
+    """Whether a few values have the same density in all batch elements: mixtures, flows, whatever hides parameters."""
+    try:
+        with torch.no_grad(), forked_rng(0):
+            value = base.expand(torch.Size([4, *base.batch_shape])).sample()
+            lead = value.ndim - len(base.event_shape)
+            first = value[(slice(None), *[slice(0, 1)] * (lead - 1))].expand_as(value)
+            found = base.log_prob(first).flatten(1)
+    except (NotImplementedError, RuntimeError, ValueError):  # whatever has no density, or cannot be expanded
+        return False
+    if is_batchedtensor(found):
+        return False
+    return torch.allclose(found, found[:, :1].expand_as(found), rtol=1e-5, atol=1e-6)
 
 
 def _qmc_points(base: Distribution, shape: torch.Size, num: int, seed: int) -> Tensor:
@@ -243,7 +260,11 @@ def enumerated(base: Distribution) -> tuple[Tensor, Tensor] | None:
 
 def _draw(base: Distribution, shape: torch.Size) -> tuple[Tensor, Tensor]:
     reparametrized = getattr(base, "has_rsample", False) and torch.is_grad_enabled()
-    value = base.rsample(shape) if reparametrized else base.sample(shape)
+    try:
+        value = base.rsample(shape) if reparametrized else base.sample(shape)
+    except RuntimeError:  # Pyro's mixtures of diagonal normals draw one for each batch element, and no more
+        wide = base.expand(shape + base.batch_shape)
+        value = wide.rsample() if reparametrized else wide.sample()
     return value, score_term(base, value)
 
 

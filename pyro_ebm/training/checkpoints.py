@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyro_ebm import files
@@ -119,6 +120,11 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     payload = read(path, kind="weights")
+    if payload.get("weights") and any(isinstance(m, AutoGuide) and m.prototype_trace is None for m in module.modules()):
+        raise CheckpointError(
+            f"this {type(module).__name__} makes its parameters at its first call and has none yet: call it once with "
+            f"the arguments of its model, then load {path} into it"
+        )
     require_match([payload.get("class")], [payload.get("weights")], [module], path)
     module.load_state_dict(payload["weights"])
 

@@ -45,6 +45,11 @@ class Objective:
                 f"{name} must be a Pyro ELBO or a function (model, guide, *batch) -> loss, got {got}; "
                 "pass an instance such as pyro.infer.Trace_ELBO()"
             )
+        if type(objective).__name__.startswith("Jit"):
+            raise TypeError(
+                f"{name} is a {type(objective).__name__}, which compiles with torch.jit (deprecated) and takes no "
+                f"parameters of modules; use {type(objective).__name__.removeprefix('Jit')}()"
+            )
         self.given, self.name = objective, name
         self.args = (model, guide)
         self.description = description(objective)
@@ -69,7 +74,7 @@ class Objective:
         """The loss summed over the batch, without gradients."""
         with torch.no_grad():
             if self._is_elbo:  # what is differentiable may be more than an ELBO can do without gradients
-                return float(self.given.loss(*self.args, *batch))
+                return float(_of_model(self.given.loss(*self.args, *batch)))
             return float(self._tensor("loss", batch, epoch))
 
     def validation(self, *batch: Tensor, epoch: int = 1) -> float:
@@ -95,7 +100,7 @@ class Objective:
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        loss = self.given.loss_and_grads(_with_parameter_site(model), guide, *batch)
+        loss = _of_model(self.given.loss_and_grads(_with_parameter_site(model), guide, *batch))
         for p, old in zip(parameters, before, strict=True):
             if p.grad is not None:
                 p.grad /= num
@@ -125,6 +130,11 @@ class Objective:
                 f"{self.name} must return one number, the loss summed over the batch, got {got}; add .sum()"
             )
         return loss.reshape(())
+
+
+def _of_model(loss: Any) -> Any:
+    """The loss of the model, of which reweighted wake-sleep makes a pair with that of the guide."""
+    return loss[0] if isinstance(loss, tuple) else loss
 
 
 def _takes_epoch(function: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.deadline import check_time
 from pyro_ebm.errors import InferenceError
+from pyro_ebm.inference.density.masked_writes import chosen_by_values, without_masked_writes
 from pyro_ebm.numerics import FailuresAsNaN, failed_numerically, function_by_rows
 
 __all__ = ["Captured", "captured"]
@@ -72,7 +73,12 @@ def captured(function: _Function, u: Tensor, *, compile: bool = False) -> Captur
             return tuple(function(point))
 
     try:
-        graph = _simplified(make_fx(recorded)(u), u)
+        graph = make_fx(recorded)(u)
+        results = _recorded(graph, u)
+        without_masked_writes(graph, results)
+        if chosen_by_values(graph, results, _varying(graph, results)):
+            return Captured(function, "eager", function, "the shapes of its operations depend on the values")
+        graph = _simplified(graph, u)
         problem = _difference(graph, function, u)
     except Exception as error:  # torch raises all kinds where operations depend on values
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -130,13 +136,18 @@ class _Recorder(fx.Interpreter):
         return self.results[n]
 
 
-def _simplified(graph: fx.GraphModule, u: Tensor) -> fx.GraphModule:
-    """Compute once what does not depend on ``u``; drop operations that change nothing."""
+def _recorded(graph: fx.GraphModule, u: Tensor) -> dict[fx.Node, Any]:
     recorder = _Recorder(graph)
     recorder.run(u)
-    varying = _varying(graph, recorder.results)
+    return recorder.results
+
+
+def _simplified(graph: fx.GraphModule, u: Tensor) -> fx.GraphModule:
+    """Compute once what does not depend on ``u``; drop operations that change nothing."""
+    results = _recorded(graph, u)
+    varying = _varying(graph, results)
     for node in list(graph.graph.nodes):
-        result = recorder.results.get(node)
+        result = results.get(node)
         if node.op != "call_function" or not isinstance(result, Tensor):
             continue
         if node not in varying:
@@ -146,7 +157,7 @@ def _simplified(graph: fx.GraphModule, u: Tensor) -> fx.GraphModule:
                 with graph.graph.inserting_before(node):
                     node.replace_all_uses_with(graph.graph.get_attr(name))
         elif _operation(node) in _NAMES:
-            source = recorder.results[node.args[0]]
+            source = results[node.args[0]]
             same = source.shape == result.shape and source.stride() == result.stride()
             if same and source.dtype == result.dtype:
                 node.replace_all_uses_with(node.args[0])
