@@ -25,7 +25,7 @@ from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.hmc import ChEES
 from pyro_ebm.inference.until import Target, importance_until, judged, reported, run_until
 from pyro_ebm.randomness import fingerprint, random_seed
-from pyro_ebm.structure import DoesNotBroadcast, check_no_subsampling, prototype_trace, untilted
+from pyro_ebm.structure import DoesNotBroadcast, check_data, check_no_subsampling, prototype_trace, untilted
 from pyro_ebm.thresholds import MIN_STARTS
 
 __all__ = ["auto"]
@@ -63,7 +63,9 @@ def auto(
     half of what is left, the warm-up of chains two thirds of the rest. A method that fails is noted, and the next one
     tried; what is wrong with the model, its guide or its data (:class:`InputError`) is raised at once.
     """
-    check_no_subsampling(prototype_trace(untilted(model), args, kwargs))
+    trace = prototype_trace(untilted(model), args, kwargs)
+    check_no_subsampling(trace)
+    check_data(trace)
     call = _Call(model, guide, args, kwargs, target, random_seed(seed, None), began, progress, strict)
     with limited(target.max_seconds, began=began):
         weighted = None
@@ -193,7 +195,7 @@ class _Call:
                 strict=self.strict,
             )
             draws = run_until(mcmc, self.target, (), {}, began=self.began)
-        except (InferenceError, ValueError, TypeError) as error:  # about the model, or what strict= asks for
+        except (InferenceError, ValueError, TypeError, Warning) as error:  # about the model, or asked for as errors
             error.add_note(f"auto: {'; '.join(self.steps)}")
             raise
         except Exception as error:  # whatever it is, Pyro's own kernel may do

@@ -164,7 +164,7 @@ def drawn_in_time(sampler: ImportanceSampler, num_samples: int) -> tuple[list[_C
     try:
         while done < num_samples:
             fitting = time_left() / pace if pace > 0 else math.inf
-            size = int(min(size, num_samples - done, max(_SHARE * fitting, 1)))
+            size = int(min(size, num_samples - done, max(_SHARE * fitting, _LOOPS[0])))
             began = time.perf_counter()
             chunks.append(sampler.draw(size))
             pace = (time.perf_counter() - began) / size

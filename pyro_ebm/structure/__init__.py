@@ -12,6 +12,7 @@ from pyro_ebm.structure.proposals import (
     within_support,
 )
 from pyro_ebm.structure.sites import (
+    check_data,
     check_no_subsampling,
     event_dim_of,
     is_deterministic,
@@ -47,6 +48,7 @@ __all__ = [
     "TiltedCall",
     "batched_run",
     "candidate_ways",
+    "check_data",
     "check_no_subsampling",
     "check_simulates",
     "drawn_log_prob",

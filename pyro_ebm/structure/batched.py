@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from pyro_ebm.structure.sites import (
     prototype_trace,
     sample_sites,
     subsampling_scale,
+    unvalidated,
 )
 from pyro_ebm.structure.vmapped import DrawsApart
 from pyro_ebm.structure.ways import WAYS, DoesNotBroadcast, Failure, candidate_ways
@@ -299,21 +299,6 @@ class BatchedModel:
         for site in sample_sites(trace).values():
             site["fn"] = unvalidated(site["fn"])
         return trace
-
-
-def unvalidated(fn: Any) -> Any:
-    """A distribution that checks no values, as all made from now on are: one of a module's may be older.
-
-    What checks values looks at them, which neither ``torch.vmap`` nor a captured graph can do.
-    """
-    inner = vars(fn).get("base_dist")
-    if not getattr(fn, "_validate_args", False) and inner is None:
-        return fn
-    other = copy.copy(fn)
-    other._validate_args = False
-    if inner is not None:
-        other.base_dist = unvalidated(inner)
-    return other
 
 
 def _measured(trace: poutine.Trace, keep: tuple[int, ...], measure: Measure | None) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from pyro_ebm.errors import InputError
 from pyro_ebm.modules import evaluation_mode
@@ -246,3 +246,55 @@ def check_no_subsampling(trace: poutine.Trace) -> None:
                     f"plate {frame.name!r} is subsampled ({frame.size} of {frame.full_size}): the density would "
                     f"change from call to call; run the model on all its data"
                 )
+
+
+def unvalidated(fn: Any) -> Any:
+    """A distribution that checks no values, as all made from now on are: one of a module's may be older.
+
+    What checks values looks at them, which neither ``torch.vmap`` nor a captured graph can do.
+    """
+    inner = vars(fn).get("base_dist")
+    if not getattr(fn, "_validate_args", False) and inner is None:
+        return fn
+    other = copy.copy(fn)
+    other._validate_args = False
+    if inner is not None:
+        other.base_dist = unvalidated(inner)
+    return other
+
+
+_HALF_LINES = (type(constraints.positive), type(constraints.nonnegative))
+
+
+def check_data(trace: poutine.Trace) -> None:
+    """Data that no value of the latent sites can explain: NaN, and numbers outside a support that is always the same.
+
+    Raises:
+        InputError: naming the site.
+    """
+    for name, site in sample_sites(trace).items():
+        if not site["is_observed"] or is_factor(site) or not isinstance(site["value"], torch.Tensor):
+            continue
+        missing = site["value"].isnan()
+        if bool(missing.any()) and bool(scaled_log_prob({**site, "fn": unvalidated(site["fn"])}).isnan().any()):
+            raise InputError(
+                f"the data of site {name!r} hold NaN in {int(missing.sum())} of {missing.numel()} numbers: leave them "
+                f"out, or mask them and put any number that the site allows in their place"
+            )
+        _check_inside(name, site)
+
+
+def _check_inside(name: str, site: Mapping[str, Any]) -> None:
+    """Only of half lines that depend on no parameter: gray images as data of a Bernoulli are meant."""
+    fn = site["fn"]
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    support = getattr(type(fn), "support", None)
+    if site["mask"] is not None or not isinstance(support, _HALF_LINES):
+        return
+    outside = ~support.check(site["value"])
+    if bool(outside.any()):
+        raise InputError(
+            f"{int(outside.sum())} of {outside.numel()} data of site {name!r} lie outside the support of "
+            f"{type(fn).__name__}, {support}: it gives them no density; leave them out, or choose another distribution"
+        )

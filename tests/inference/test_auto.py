@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 
 import pyro
@@ -12,6 +13,7 @@ import torch
 from pyro_ebm import (
     InferenceError,
     InferenceWarning,
+    InputError,
     LinearEnergy,
     compare,
     importance,
@@ -148,8 +150,9 @@ def test_good_weights_that_are_too_few(small, clock):
 
 def test_importance_sampling_has_a_quarter_of_the_time(small, clock, monkeypatch):
     def slowly(*args, num_samples, **kwargs):
+        found = weighed(*args, num_samples=num_samples, **kwargs)
         clock.seconds += num_samples / 4000
-        return weighed(*args, num_samples=num_samples, **kwargs)
+        return found
 
     monkeypatch.setattr(until, "weighed", slowly)
     draws = sample(tilted(1.2, 0.0), ess=7000, max_seconds=20.0, num_chains=64, **QUIET)
@@ -363,3 +366,82 @@ def test_mistakes_of_the_model_are_its_own(small):
         sample(scores, **QUIET)
     with pytest.raises(ValueError, match="independent='rows' is not a plate"):
         sample(scores, torch.zeros(3), independent="rows", **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("snis", ZeroDivisionError),
+        ("smc", torch.linalg.LinAlgError),
+        ("chees", NotImplementedError),
+        ("chees", RuntimeError),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:auto. chees. failed:pyro_ebm.InferenceWarning")
+@pytest.mark.filterwarnings("ignore:(nuts|chees). :pyro_ebm.InferenceWarning")
+def test_no_exception_of_a_method_escapes(small, monkeypatch, method, error):
+    def failing(*args, **kwargs):
+        raise error("no luck today")
+
+    where = {"snis": "importance_until", "smc": "SMC.run", "chees": "run_until"}[method]
+    monkeypatch.setattr(f"pyro_ebm.inference.auto.{where}", failing)
+    monkeypatch.setattr(auto, "pyro_nuts", lambda *args, **kwargs: pyro_nuts(*args, warmup_steps=10, **kwargs))
+    draws = sample(tilted(2.5, 0.0), num_samples=20, num_chains=4, ess=10, **QUIET)
+    assert any(f"{error.__name__}: no luck today" in step for step in steps(draws))
+    assert draws.method == {"snis": "chees", "smc": "chees", "chees": "nuts"}[method]
+
+
+def mean_of(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y), subsample_size=2 if len(y) == 4 else None) as index:
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+
+def rate_of(y):
+    rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Exponential(rate), obs=y)
+
+
+def elsewhere(y):
+    pyro.sample("nu", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "y", "options", "message"),
+    [
+        (mean_of, torch.zeros(4), {}, "plate 'data' is subsampled"),
+        (mean_of, torch.tensor([0.0, math.nan, 1.0]), {}, "the data of site 'y' hold NaN in 1 of 3 numbers"),
+        (rate_of, torch.tensor([1.0, -1.0, 2.0]), {}, "1 of 3 data of site 'y' lie outside the support of Exponential"),
+        (mean_of, torch.zeros(3), {"guide": elsewhere}, r"guide does not propose the latent site\(s\) \['mu'\]"),
+    ],
+)
+def test_what_is_wrong_with_the_call_is_no_reason_to_try_another_method(monkeypatch, model, y, options, message):
+    monkeypatch.setattr("pyro_ebm.inference.auto.SMC", None)
+    with pytest.raises(InputError, match=message):
+        sample(model, y, **options, **QUIET)
+
+
+def test_data_at_which_a_model_may_have_density_pass():
+    """Masked ones, gray images as Bernoulli's, and numbers outside of a support that moves."""
+
+    def model(y):
+        top = pyro.sample("top", dist.LogNormal(1.0, 0.3))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, top).mask(False), obs=y)
+            pyro.sample("gray", dist.Bernoulli(0.4, validate_args=False), obs=y.clamp(0, 1))
+            pyro.sample("seen", dist.Exponential(1.0).mask(y > 0), obs=y)
+
+    draws = sample(model, torch.tensor([-1.0, 0.5, 9.0]), ess=100, **QUIET)
+    assert draws.method == "snis"
+
+
+def test_weights_are_returned_where_nothing_else_can_run():
+    def counts():
+        rate = pyro.sample("rate", dist.Poisson(3.0))
+        pyro.sample("y", dist.Normal(rate, 0.1), obs=torch.tensor(9.0))
+
+    told = "auto: chains: not possible .*'rate' is discrete.* importance sampling alone gave draws"
+    with pytest.warns(InferenceWarning, match=told):
+        draws = sample(counts, ess=1e7, num_samples=100, **QUIET)
+    assert draws.method == "snis" and float(draws.mean("rate")) == 9.0
