@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from pyro_ebm.randomness import forked_rng
 __all__ = ["Shares", "Survey", "num_data_of", "survey"]
 
 Run = Callable[..., object]
+_NUMBER = re.compile(r"\d+")
 
 
 def num_data_of(batch: Sequence[Tensor]) -> int:
@@ -139,6 +141,11 @@ def survey(
         others, _ = _look(run, tuple(part[1:] for part in batch), found)
         inside = {name for name, seen in first.sites.items() if seen != fewer.sites.get(name)}
         inside |= {name for name, density in fewer.densities.items() if density != others.densities.get(name)}
+        if all(torch.equal(part[1:], part[:-1]) for part in batch):  # other rows are no other data
+            inside |= {name for name, density in fewer.densities.items() if density != first.densities.get(name)}
+        # z_0, z_1, ...: where the last of them goes with a datum, all are of single data.
+        numbered = {_NUMBER.sub("#", name) for name in first.sites.keys() - fewer.sites.keys()}
+        inside |= {name for name in first.sites if _NUMBER.sub("#", name) in numbered}
         scaled = {plate: full for plate, (size, full) in fewer.enlarged.items() if size == num - 1}
         # A share that follows the minibatch was given by hand.
         outside = [n for n in first.sites if n not in inside and first.scales[n] == fewer.scales.get(n)]

@@ -68,7 +68,19 @@ def weighted_by_hand(x, y):
         pyro.sample("y", dist.Normal(w * x, 0.3), obs=y)
 
 
-MODELS = [plated, unplated, by_factor, penalized, enlarged, weighted_by_hand]
+def looped(x, y):
+    w = pyro.sample("w", dist.Normal(2.0, 0.1))
+    for i in range(len(x)):
+        pyro.sample(f"y_{i}", dist.Normal(w * x[i], 0.3), obs=y[i])
+
+
+def in_turn(x, y):
+    w = pyro.sample("w", dist.Normal(2.0, 0.1))
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"y_{i}", dist.Normal(w * x[i], 0.3), obs=y[i])
+
+
+MODELS = [looped, in_turn, plated, unplated, by_factor, penalized, enlarged, weighted_by_hand]
 ELBOS = [
     Trace_ELBO,
     TraceMeanField_ELBO,
@@ -165,6 +177,38 @@ def test_a_tilt_of_what_belongs_to_all_data_counts_once():
     tilted = tilt(plated, {"w": energy}, normalize=0.7)
     result, _ = one_pass(tilted, 10)
     assert result.train_loss[0] == pytest.approx(float(-log_joint(0.3)[0] - 1.5 * 0.3 + 0.7) / N, rel=1e-4)
+
+
+def test_latents_of_single_data_count_in_full_whatever_their_names():
+    def model(x):
+        for i in range(len(x)):
+            z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            for i in range(len(x)):
+                pyro.sample(f"z_{i}", dist.Delta(self.slope * x[i]))
+
+    guide = Guide()
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    options = {"optimizer": still, "epochs": 1, "validation": None, "seed": 0, "progress": False}
+    result = fit(model, guide, X, batch_size=10, **options)
+    assert result.train_loss[0] == pytest.approx(Trace_ELBO().loss(model, guide, X) / N, rel=1e-5)
+
+
+def test_a_factor_of_constant_data_counts_in_full():
+    def model(y):
+        w = pyro.sample("w", dist.Normal(2.0, 0.1))
+        pyro.factor("y", -((y - w) ** 2).sum())
+
+    result, _ = one_pass(model, 10, torch.ones(N))
+    loss = 0.7**2 * N - dist.Normal(2.0, 0.1).log_prob(torch.tensor(0.3)).item()
+    assert result.train_loss[0] == pytest.approx(loss / N, rel=1e-4)
 
 
 def own_rows(x, y):

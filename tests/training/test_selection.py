@@ -67,12 +67,9 @@ def test_a_regression_keeps_its_posterior_and_no_lucky_epoch(validation, batch_s
 
 @pytest.mark.slow
 def test_three_thousand_epochs_find_the_posterior():
-    for validation in (None, (X, Y)):
-        loc, scale, _ = learned(
-            validation=validation, epochs=3000, optimizer=functools.partial(torch.optim.Adam, lr=0.01)
-        )
-        mean, sd = posterior(N)
-        assert abs(loc - mean) < 2 * sd and abs(scale / sd - 1) < 0.25
+    loc, scale, _ = learned(validation=None, epochs=3000, optimizer=functools.partial(torch.optim.Adam, lr=0.01))
+    mean, sd = posterior(N)
+    assert abs(loc - mean) < 2 * sd and abs(scale / sd - 1) < 0.25
 
 
 def test_the_last_wins_where_noise_decides():
