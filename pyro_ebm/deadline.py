@@ -18,6 +18,7 @@ __all__ = [
     "check_seconds",
     "check_time",
     "finishing",
+    "interruptions_pass",
     "limited",
     "out_of_time",
     "stopped_by",
@@ -134,5 +135,26 @@ def limited(max_seconds: float | None, *, began: float | None = None) -> Iterato
 
 
 def stopped_by(stop: BaseException) -> str:
-    """The word for it in notes: ``"max_seconds"`` or ``"interrupted"``."""
-    return stop.word if isinstance(stop, OutOfTime) else "interrupted"
+    """The word for it in notes, ``"max_seconds"`` or ``"interrupted"``: for whoever catches it and keeps what was done.
+
+    Raises:
+        KeyboardInterrupt: within :func:`interruptions_pass`.
+    """
+    if isinstance(stop, OutOfTime):
+        return stop.word
+    if _passing.get():
+        raise stop
+    return "interrupted"
+
+
+_passing: ContextVar[bool] = ContextVar("whether Ctrl-C ends everything", default=False)
+
+
+@contextmanager
+def interruptions_pass() -> Iterator[None]:
+    """Within this block Ctrl-C ends everything: what is half done is no part of a larger whole."""
+    token = _passing.set(True)
+    try:
+        yield
+    finally:
+        _passing.reset(token)

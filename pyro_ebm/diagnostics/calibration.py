@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import interruptions_pass
 from pyro_ebm.diagnostics.moments import component_names, components, is_exact, worth
 from pyro_ebm.diagnostics.ranks import Calibration
 from pyro_ebm.entry import entry
@@ -268,7 +269,10 @@ class _Study:
         size = num if self.tilted is None else _BLOCK
         for start in range(0, num, size):
             stream = fingerprint((), seed, "truth", start)
-            many = predictive(self.model, *args, num_samples=min(size, num - start), seed=stream, model_kwargs=kwargs)
+            with interruptions_pass():
+                many = predictive(
+                    self.model, *args, num_samples=min(size, num - start), seed=stream, model_kwargs=kwargs
+                )
             for index in range(min(size, num - start)):
                 yield {name: many[name][index] for name in [*self.latent, *self.data]}
 

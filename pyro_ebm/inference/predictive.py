@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
+from pyro_ebm.deadline import stopped_by
 from pyro_ebm.entry import entry
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.as_draws import as_draws, samples_as_draws
@@ -175,9 +176,10 @@ def _forward(
         for k in range(0, num_samples, size):
             piece = {site: value[k : k + size] for site, value in (given or {}).items()}
             parts.append(runs.run(piece, min(size, num_samples - k), measure=nothing).values)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if not parts:
             raise KeyboardInterrupt("interrupted before any draws were made: there are no draws yet") from None
+        stopped_by(stop)
         done = sum(len(next(iter(part.values()))) for part in parts)
         warn_user(f"predictive: interrupted after {done} of {num_samples} draws, which are returned")
     return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}

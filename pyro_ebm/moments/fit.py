@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
 from pyro_ebm.checks import real_numbers, whole_number
+from pyro_ebm.deadline import interruptions_pass
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.entry import entry
 from pyro_ebm.errors import InfeasibleError, InferenceError, InferenceWarning, report
@@ -215,7 +217,8 @@ class _Source:
         with warnings.catch_warnings():
             if quiet:  # on the way, a bad population is of no concern
                 warnings.simplefilter("ignore", InferenceWarning)
-            draws = sampler.run()
+            with interruptions_pass():
+                draws = sampler.run()
         features = _finite(self.energy.features(draws.values["z"]).double().cpu())
         log_z = torch.tensor(draws.notes["log_z_of_islands"], dtype=torch.float64)
         return Cloud(features, log_z[:, None].expand(features.shape[:2]), multipliers, "smc")
@@ -225,7 +228,9 @@ class _Source:
         if self.given is None:
             return Estimate(torch.zeros(()), torch.zeros(()))
         num = self.num_samples // 2
-        found = log_normalizer(self.base, self.given, method="smc", num_samples=num, seed=self.seed, strict=self.strict)
+        options: dict[str, Any] = {"num_samples": num, "seed": self.seed, "strict": self.strict}
+        with interruptions_pass():
+            found = log_normalizer(self.base, self.given, method="smc", **options)
         return Estimate(found.value.double().cpu(), found.se.double().cpu())
 
 

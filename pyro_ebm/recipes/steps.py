@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_ebm import datasets
 from pyro_ebm.chain_statistics import ess_bulk
 from pyro_ebm.datasets.splits import BiasedSplit, biased_split
+from pyro_ebm.deadline import interruptions_pass
 from pyro_ebm.diagnostics.balance import ClassBalance, LabelClassifier, class_balance
 from pyro_ebm.energies import Energy, MLPEnergy
 from pyro_ebm.inference.draws import Draws
@@ -83,7 +84,7 @@ def prior_model(vae: VAE) -> Any:
 @contextmanager
 def interruptions_end_the_job() -> Iterator[None]:
     """No warnings that an interruption left something usable: a job does not go on with what is half done."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), interruptions_pass():
         warnings.filterwarnings("ignore", message=r"(\w+: |training was )interrupted")
         yield
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.datasets.splits import BiasedSplit
+from pyro_ebm.deadline import interruptions_pass
 from pyro_ebm.diagnostics.balance import (
     LabelClassifier,
     class_balance,
@@ -116,7 +117,7 @@ def run_cell(bench: Bench, cell: Cell) -> Row:
         KeyboardInterrupt: also where :func:`fit` took an interruption for the end of training.
     """
     row: Row = {**cell._asdict(), "error": None, "infeasible": None}
-    with warnings.catch_warnings(record=True) as caught:
+    with interruptions_pass(), warnings.catch_warnings(record=True) as caught:
         for category in (InferenceWarning, TrainingWarning):
             warnings.simplefilter("always", category)
         try:

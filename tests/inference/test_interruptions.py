@@ -21,6 +21,7 @@ from pyro_ebm import (
     predictive,
     sample,
 )
+from pyro_ebm.deadline import interruptions_pass
 
 
 def stopping(after):
@@ -87,9 +88,7 @@ LONG = {
 BASE = dist.Normal(torch.zeros(2), 1.0).to_event(1)
 
 
-@pytest.mark.parametrize("name", LONG)
-def test_what_was_done_is_returned(name, monkeypatch):
-    """Ctrl-C in the middle, as the model or its density runs."""
+def stop_in_the_middle(name, monkeypatch):
     runs_models = name in ("importance", "snis", "auto", "predictive", "predictive of draws")
     where = "structure.batched" if runs_models else "inference.density.capture"
     calls = []
@@ -100,6 +99,22 @@ def test_what_was_done_is_returned(name, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(f"pyro_ebm.{where}.check_time", stop)
+    return calls
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_within_a_larger_whole_nothing_half_done_is_kept(name, monkeypatch):
+    """A study, a job or a fit does not go on with the half of what it asked for."""
+    calls = stop_in_the_middle(name, monkeypatch)
+    with interruptions_pass(), pytest.raises(KeyboardInterrupt):
+        LONG[name]()
+    assert len(calls) >= 25
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_was_done_is_returned(name, monkeypatch):
+    """Ctrl-C in the middle, as the model or its density runs."""
+    calls = stop_in_the_middle(name, monkeypatch)
     with pytest.warns(InferenceWarning, match="interrupted"):
         found = LONG[name]()
     values = found.values.values() if hasattr(found, "values") else (found.value,)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.checks import whole_number
-from pyro_ebm.deadline import check_seconds, limited, time_left, time_limit
+from pyro_ebm.deadline import check_seconds, limited, stopped_by, time_left, time_limit
 from pyro_ebm.devices import one_thread
 from pyro_ebm.entry import entry
 from pyro_ebm.inference.chains.recording import (
@@ -242,7 +242,8 @@ class _Run:
                 try:
                     with time_limit(time_left() / (self.num_chains - index)):
                         run_chain(mcmc, chains[-1])
-                except KeyboardInterrupt:
+                except KeyboardInterrupt as stop:
+                    stopped_by(stop)
                     return _usable(chains), True
         return largest_part(chains), False
 

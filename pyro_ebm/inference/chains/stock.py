@@ -13,7 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ebm.deadline import time_left, time_limit
+from pyro_ebm.deadline import stopped_by, time_left, time_limit
 from pyro_ebm.devices import one_thread
 from pyro_ebm.inference.chains.arguments import check_names, check_saved
 from pyro_ebm.inference.chains.recording import (
@@ -134,8 +134,8 @@ class StockChains:
                 )
                 with time_limit(time_left() / (self.num_chains - index)):
                     run_chain(mcmc, chain, *args, **kwargs)
-            except KeyboardInterrupt:
-                self.stopped = "interrupted"
+            except KeyboardInterrupt as stop:
+                self.stopped = stopped_by(stop)
                 return self._usable(chains, chain)
             except ValueError as error:
                 if "cannot find valid initial params" in str(error):  # all that Pyro says
