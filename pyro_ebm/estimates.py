@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BoundedEstimate", "Estimate", "importance_estimate", "log_mean_exp"]
+__all__ = ["BoundedEstimate", "Estimate", "importance_estimate", "log_mean_exp", "weighted_ess"]
 
 
 class Estimate(NamedTuple):
@@ -54,3 +54,27 @@ def importance_estimate(log_weights: Tensor) -> Estimate:
     value = log_mean_exp(log_weights)
     relative = (log_weights - value).exp()
     return Estimate(value, (relative.var(0) / log_weights.shape[0]).sqrt())
+
+
+def weighted_ess(weights: Tensor, x: Tensor) -> Tensor:
+    r"""What independent weighted draws are worth for the mean of each component, at most :math:`1 / \sum w^2`.
+
+    The variance over the squared standard error, :math:`\sum_i w_i c_i^2 / \sum_i w_i^2 c_i^2` with
+    :math:`c = x - \bar x`. Kish's :math:`1 / \sum w^2`, which knows the weights alone, is too large for components
+    whose far values are those with large weights.
+
+    Args:
+        weights: (draw,), that sum to one.
+        x: (draw, component).
+
+    Returns:
+        (component,); Kish's number for a component that never changes.
+
+    Reference:
+        Owen (2013), Monte Carlo theory, methods and examples, section 9.3.
+    """
+    kish = 1.0 / weights.square().sum()
+    squared = (x - weights @ x) ** 2
+    worth = (weights @ squared) / (weights**2 @ squared)
+    constant = (x == x[:1]).all(0)
+    return torch.where(constant, kish, torch.minimum(worth, kish))

@@ -60,7 +60,8 @@ def compare(
 
     * ``method``, ``draws`` (per chain), ``chains`` (for ``"smc"``: islands).
     * ``ess_bulk``, ``ess_tail``: minimum over all scalar components of all sites, in draws (summed over
-      chains). Weighted draws: ``ess_bulk`` is :math:`1 / \sum w^2`; ``ess_tail`` is the number of
+      chains). Weighted draws: ``ess_bulk`` is the variance by the squared standard error of the mean, at
+      most :math:`1 / \sum w^2`; ``ess_tail`` is the number of
       independent draws that would know the probability below the 5 % or 95 % quantile as well. Particles of
       one island share ancestors: with four islands or more both come from what islands differ by
       (variance by squared standard error, at most :math:`1 / \sum w^2`); being the smallest of several

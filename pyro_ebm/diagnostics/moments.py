@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.chain_statistics import chain_statistics, ess_bulk, mcse_mean, split_r_hat
+from pyro_ebm.estimates import weighted_ess
 from pyro_ebm.inference.draws import Draws
 
 __all__ = [
@@ -101,10 +102,9 @@ def moments(draws: Draws, sites: Iterable[str]) -> Moments:
 def bulk_ess(draws: Draws, x: Tensor) -> Tensor:
     r"""Effective number of draws for the mean of each component.
 
-    ArviZ's ``ess_bulk`` for chains; NaN for a grid. Weighted draws: :math:`1 / \sum w^2`; on islands the
-    variance divided by the squared standard error of :func:`moments`, at most that. The smallest of many
-    components is then on the low side: with R islands each has a relative error of
-    :math:`\sqrt{2 / (R - 1)}`.
+    ArviZ's ``ess_bulk`` for chains; NaN for a grid. Weighted draws: the variance divided by the squared standard
+    error of :func:`moments`, at most :math:`1 / \sum w^2`. On islands the smallest of many components is then on the
+    low side: with R islands each has a relative error of :math:`\sqrt{2 / (R - 1)}`.
 
     Args:
         draws: what ``x`` was made of.
@@ -120,7 +120,7 @@ def bulk_ess(draws: Draws, x: Tensor) -> Tensor:
     weights = _weights(draws)
     limit = importance_ess(weights.log().flatten())
     if not has_islands(draws):
-        return limit.expand(x.shape[2:])
+        return weighted_ess(weights.flatten(), x.flatten(0, 1))
     centered = x - (weights * x).sum((0, 1))
     size = (weights * centered**2).sum((0, 1)) / _squared_error(draws, weights * centered)
     return torch.where(_constant(x), torch.nan, size.clamp(max=limit))

@@ -16,6 +16,7 @@ from pyro_ebm.checks import whole_number
 from pyro_ebm.convergence import Agreement, agreement, component_name, worst_agreement
 from pyro_ebm.deadline import check_seconds, finishing, limited, time_limit
 from pyro_ebm.errors import report
+from pyro_ebm.estimates import weighted_ess
 from pyro_ebm.inference.chains.loop import Chains
 from pyro_ebm.inference.chains.mcmc import MCMC
 from pyro_ebm.inference.draws import Draws
@@ -27,6 +28,7 @@ __all__ = ["Target", "importance_until", "judged", "reported", "run_until"]
 _FIRST = 50  # draws per chain before the first look
 _FIRST_IMPORTANCE = 4000
 _MAX_IMPORTANCE = 2_000_000
+_NUMBERS_AT_ONCE = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,19 @@ def reported(draws: Draws, target: Target, *, strict: bool) -> Draws:
     return draws
 
 
+def _least_worth(draws: Draws) -> tuple[float, str]:
+    """The smallest number of draws that weighted ones are worth for the mean of a component, and which that is."""
+    least, where, weights = draws.notes["ess"], "", draws.weights
+    for site, names in ((site, draws.component_names(site)) for site in draws.values):
+        columns = draws.flat(site).reshape(len(weights), -1)
+        step = max(_NUMBERS_AT_ONCE // len(weights), 1)
+        for start in range(0, columns.shape[1], step):
+            worth = weighted_ess(weights, columns[:, start : start + step].to(weights))
+            if float(worth.min()) < least:
+                least, where = float(worth.min()), names[start + int(worth.argmin())]
+    return least, where
+
+
 def _at(draws: Draws, note: str) -> str:
     where = draws.notes.get(note)
     return f" at {where}" if where else ""
@@ -189,6 +204,8 @@ def importance_until(
 ) -> Draws:
     """Importance sampling with as many draws as it takes; ``notes["stopped"]`` says what ended it.
 
+    The effective sample size asked for is that of each component's mean: the smallest counts, ``notes["ess"]``.
+
     A Pareto k above ``target.max_k``, or above what so many draws allow, ends it too (``"pareto_k"``): more draws would
     not help, and the ESS of such weights says nothing.
 
@@ -201,7 +218,8 @@ def importance_until(
         started = time.perf_counter()
         with limited(target.max_seconds, began=began):
             draws, problem = weighed(model, guide, args, kwargs, num_samples=num, seed=seed, vectorize=vectorize)
-        ess, now = draws.notes["ess"], time.perf_counter()
+        ess, where = _least_worth(draws)
+        now = time.perf_counter()
         # Each round draws anew: so many fit into the time left.
         fitting = int(num * max(target.max_seconds - (now - began), 0.0) / max(now - started, 1e-9))
         if "stopped" in draws.notes:
@@ -220,5 +238,5 @@ def importance_until(
         if stopped == "interrupted":
             problem = "; ".join(filter(None, [f"snis: interrupted after {draws.num_draws} draws", problem]))
         report(problem, strict=strict and stopped != "interrupted")
-        notes = {**draws.notes, "stopped": stopped, "target_ess": target.ess}
+        notes = {**draws.notes, "ess": ess, "least_ess_at": where, "stopped": stopped, "target_ess": target.ess}
         return reported(replace(draws, seconds=now - began, notes=notes), target, strict=strict)

@@ -156,12 +156,20 @@ def summarized(
             target: dict(zip(rows["method"], rows["stopped"], strict=True))
             for target, rows in comparison.groupby("target", sort=False)
         },
-        "test_log_likelihood": {name: float(found.value.mean()) for name, found in likelihoods.items()},
-        "test_log_likelihood_se": {name: float(found.se.mean()) for name, found in likelihoods.items()},
+        **likelihood_numbers(likelihoods),
         "log_likelihood_gain": {
             name: gain_over(found, likelihoods["base"]) for name, found in likelihoods.items() if name != "base"
         },
         "settings": settings,
+    }
+
+
+def likelihood_numbers(likelihoods: Mapping[str, LogLikelihood]) -> dict[str, dict[str, float]]:
+    """Mean log likelihood of the test images by model, and the error of that mean for these images."""
+    means = {name: found.mean() for name, found in likelihoods.items()}
+    return {
+        "test_log_likelihood": {name: float(mean.value) for name, mean in means.items()},
+        "test_log_likelihood_se": {name: float(mean.se) for name, mean in means.items()},
     }
 
 
