@@ -30,7 +30,6 @@ from pyro_ebm.diagnostics.balance import (
     ClassBalance,
     LabelClassifier,
     class_balance,
-    class_diversity,
     fairness_discrepancy,
     mean_confidence,
     total_variation,
@@ -44,6 +43,9 @@ from pyro_ebm.diagnostics.compare import (
 from pyro_ebm.diagnostics.density_ratio import (
     DensityRatio,
     density_ratio,
+)
+from pyro_ebm.diagnostics.diversity import (
+    class_diversity,
 )
 from pyro_ebm.diagnostics.ranks import (
     Calibration,

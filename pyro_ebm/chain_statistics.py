@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -69,6 +71,7 @@ def split_r_hat(x: Tensor | NDArray[Any]) -> Floats:
     return r_hat(np.concatenate([array[:, :half], array[:, -half:]]))
 
 
+@checked
 def nested_r_hat(values: Tensor | NDArray[Any], superchains: int | Sequence[int]) -> Floats:
     r"""R-hat of groups of chains that start at one point each: 1 when it does not matter where chains start.
 

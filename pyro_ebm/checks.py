@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
+from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["file_path", "finite_numbers", "is_whole_number", "real_numbers", "whole_number"]
+__all__ = [
+    "file_path",
+    "finite_numbers",
+    "is_number",
+    "is_whole_number",
+    "number",
+    "real_numbers",
+    "require_attributes",
+    "whole_number",
+]
+
+_MOST = 2**53
+_BOOLEANS = ("bool", "bool_", "torch.bool")
 
 
 def whole_number(name: str, value: Any, *, at_least: int = 1) -> int:
@@ -31,6 +46,8 @@ def whole_number(name: str, value: Any, *, at_least: int = 1) -> int:
     if not is_whole_number(value, at_least=at_least):
         fix = "" if _as_int(value) is not None else f"; give {name}={_meant(value, at_least)}"
         raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}{fix}")
+    if operator.index(value) > _MOST:
+        raise ValueError(f"{name} must be a whole number that a machine can count to, got {value!r}")
     return operator.index(value)
 
 
@@ -38,6 +55,47 @@ def is_whole_number(value: Any, *, at_least: int = 1) -> bool:
     """Whether it is a whole number, in the sense of :func:`whole_number`, and large enough."""
     number = _as_int(value)
     return number is not None and number >= at_least
+
+
+def number(
+    name: str, value: Any, *, at_least: float = -math.inf, at_most: float = math.inf, within: bool = False
+) -> float:
+    """The value as a Python float, or an error that names the argument, its limits and what came.
+
+    Numbers are Python's, numpy's and those of 0-d tensors; neither booleans nor complex ones, and never NaN.
+
+    Args:
+        name: of the argument.
+        value: what was given for it.
+        at_least: the smallest that will do.
+        at_most: the largest.
+        within: the limits themselves will not do.
+
+    Example:
+        >>> number("fraction", 0.5, at_least=0, at_most=1)
+        0.5
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    found = float(value)
+    if not (at_least < found < at_most if within else at_least <= found <= at_most):
+        limits = f"between {at_least:g} and {at_most:g}{', both excluded' if within else ''}"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}")
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one real number, in the sense of :func:`number`; NaN is one that lies between no limits."""
+    if str(getattr(value, "dtype", type(value).__name__)) in _BOOLEANS:
+        return False
+    scalar = getattr(value, "ndim", 1) == 0 and hasattr(value, "item")
+    return isinstance(value.item() if scalar else value, Real)
+
+
+def require_attributes(name: str, value: Any, attributes: Iterable[str], words: str) -> None:
+    """A TypeError unless a value has the attributes of what it must be."""
+    if not all(hasattr(value, attribute) for attribute in attributes):
+        raise TypeError(f"{name} must be {words}, got {type(value).__name__}")
 
 
 def file_path(name: str, value: Any) -> Path:
@@ -86,7 +144,7 @@ def finite_numbers(name: str, values: Tensor) -> Tensor:
 
 
 def _as_int(value: Any) -> int | None:
-    if str(getattr(value, "dtype", type(value).__name__)) in ("bool", "bool_", "torch.bool"):
+    if str(getattr(value, "dtype", type(value).__name__)) in _BOOLEANS:
         return None  # True is 1 to Python; to whoever wrote it, it is an answer to another question
     try:
         return operator.index(value)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import finite_numbers, real_numbers
 from pyro_ebm.modules import modules_of
 
@@ -183,6 +184,7 @@ class _SpectralNorms:
                     self._seen[name] = version
 
 
+@checked
 class MLPEnergy(Energy):
     """A multilayer perceptron from one event to one number.
 
@@ -220,6 +222,7 @@ class MLPEnergy(Energy):
         return self.net(_floating(flat)).squeeze(-1)
 
 
+@checked
 class ConvEnergy(Energy):
     """A small convolutional network from one image to one number.
 
@@ -260,6 +263,7 @@ class ConvEnergy(Energy):
         return self.head(self.features(value.reshape(-1, *self.event_shape))).reshape(batch)
 
 
+@checked
 class LinearEnergy(Energy):
     """``E(z) = -a . z``: exponential tilting; turns N(0, I) into N(a, I), with ``log Z = |a|^2 / 2``.
 
@@ -281,6 +285,7 @@ class LinearEnergy(Energy):
         return -(_floating(value) @ a)
 
 
+@checked
 class QuadraticEnergy(Energy):
     """``E(z) = c |z|^2 / 2``; turns N(0, I) into N(0, I / (1 + c)), ``log Z = -(d/2) log(1 + c)``.
 
@@ -303,6 +308,7 @@ class QuadraticEnergy(Energy):
         return 0.5 * _matched(self.c, squared) * squared
 
 
+@checked
 def gaussian_log_normalizer(energy: LinearEnergy | QuadraticEnergy, loc: Tensor, scale: Tensor) -> Tensor:
     r"""Exact ``log E_{N(loc, diag(scale^2))}[exp(-E(z))]`` of a linear or quadratic energy.
 

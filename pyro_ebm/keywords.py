@@ -225,6 +225,10 @@ def passes_keywords(
             _check_model(function.__name__, first[at], args[at])
             before, after = args[: len(first)], args[len(first) :]
             model_kwargs = given.pop("model_kwargs", None)
+            if not isinstance(model_kwargs, Mapping | None):
+                raise TypeError(
+                    f"model_kwargs must be a mapping of the model's keywords or None, got {type(model_kwargs).__name__}"
+                )
             name, known, related = (f"{function.__name__}()", own, own) if options is None else options(given)
             known -= {"model_kwargs"}
             mine, theirs = sorted_keywords(name, args[at], len(after), known, given, model_kwargs, related)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import is_whole_number, whole_number
 
 __all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder"]
@@ -73,6 +74,7 @@ def _check_event(value: Tensor, event_shape: tuple[int, ...]) -> None:
         )
 
 
+@checked
 class MLPEncoder(nn.Module):
     """Fully connected network from a datum to the location and scale of a Gaussian over the latent.
 
@@ -103,6 +105,7 @@ class MLPEncoder(nn.Module):
         return _gaussian(self.layers(value.flatten(-len(self.event_shape))))
 
 
+@checked
 class MLPDecoder(nn.Module):
     """Fully connected network from a latent vector to the parameters of a datum's distribution.
 
@@ -143,6 +146,7 @@ def _levels(height: int, width: int, depth: int) -> list[tuple[int, int]]:
     return sizes
 
 
+@checked
 class ConvEncoder(nn.Module):
     """Convolutions of stride two from an image to the location and scale of a Gaussian over the latent.
 
@@ -181,6 +185,7 @@ class ConvEncoder(nn.Module):
         return _gaussian(output.reshape(*batch, output.shape[-1]))
 
 
+@checked
 class ConvDecoder(nn.Module):
     """Transposed convolutions of stride two from a latent vector to the parameters of an image.
 

@@ -270,7 +270,7 @@ def test_gaussian_log_normalizer_standard_cases_and_batches():
 def test_gaussian_log_normalizer_errors():
     with pytest.raises(ValueError, match=r"log Z is infinite: .* got c = -1.5"):
         gaussian_log_normalizer(QuadraticEnergy(-1.5), torch.zeros(2), torch.ones(2))
-    with pytest.raises(TypeError, match="LinearEnergy or QuadraticEnergy, got MLPEnergy"):
+    with pytest.raises(TypeError, match="LinearEnergy or a QuadraticEnergy, got MLPEnergy"):
         gaussian_log_normalizer(MLPEnergy(2), torch.zeros(2), torch.ones(2))
 
 

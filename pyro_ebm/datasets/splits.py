@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arrays import Array, as_tensor
 
 from .images import ImageSet
@@ -45,6 +46,7 @@ class BiasedSplit:
         return {part: len(getattr(self, part)) for part in ("biased", "reference", "test", "classifier")}
 
 
+@checked
 def biased_split(
     x: Array,
     y: Array,

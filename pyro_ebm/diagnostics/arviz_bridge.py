@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import pyro_ebm
+from pyro_ebm.annotations import checked
 from pyro_ebm.arviz_statistics import arviz_is_1x, quiet_import
 from pyro_ebm.diagnostics.arviz_groups import (
     SAMPLE_DIMS,
@@ -38,6 +39,7 @@ Arrays = Mapping[str, "Tensor | np.ndarray"]
 
 
 @entry(of_model=False)
+@checked
 def to_arviz(
     draws: Any,
     *,

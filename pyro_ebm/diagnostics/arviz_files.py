@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arviz_statistics import arviz_is_1x, quiet_import
 from pyro_ebm.checks import file_path
 from pyro_ebm.files import write_whole
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["load_arviz", "save_arviz"]
 
 
+@checked
 def save_arviz(tree: Any, path: str | Path) -> Path:
     """Write what :func:`to_arviz` returned to a NetCDF file; returns its path.
 
@@ -62,6 +64,7 @@ def save_arviz(tree: Any, path: str | Path) -> Path:
     return target
 
 
+@checked
 def load_arviz(path: str | Path) -> Any:
     """Read a file of :func:`save_arviz` into memory, as ``InferenceData`` or ``DataTree``.
 

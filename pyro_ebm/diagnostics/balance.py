@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.checks import finite_numbers, real_numbers, whole_number
 
@@ -17,7 +18,6 @@ __all__ = [
     "ClassBalance",
     "LabelClassifier",
     "class_balance",
-    "class_diversity",
     "fairness_discrepancy",
     "mean_confidence",
     "total_variation",
@@ -174,6 +174,7 @@ class ClassBalance:
         return max(0.0, value - radius), min(1.0, value + radius)
 
 
+@checked
 def class_balance(
     labels: Array,
     classes: Sequence[int],
@@ -231,6 +232,7 @@ def class_balance(
     return ClassBalance(names, proportions, lower, upper, n, float(ess), prob, replicates)
 
 
+@checked
 def total_variation(p: Tensor | Sequence[float], target: Tensor | Sequence[float] | None = None) -> float:
     """Return the total variation distance ``1/2 sum_c |p_c - target_c|``, in [0, 1].
 
@@ -244,6 +246,7 @@ def total_variation(p: Tensor | Sequence[float], target: Tensor | Sequence[float
     return 0.5 * _difference(p, target).abs().sum().item()
 
 
+@checked
 def fairness_discrepancy(
     p: Tensor | Sequence[float], target: Tensor | Sequence[float] | None = None
 ) -> float:
@@ -265,6 +268,7 @@ def fairness_discrepancy(
     return _difference(p, target).norm().item()
 
 
+@checked
 def mean_confidence(probabilities: Tensor) -> float:
     """Return the mean probability of the most probable class, ``1/n sum_i max_c p_ic``, in [1 / classes, 1].
 
@@ -282,55 +286,6 @@ def mean_confidence(probabilities: Tensor) -> float:
     if not bool((probabilities >= 0).all() and ((probabilities.sum(-1) - 1).abs() < 1e-3).all()):
         raise ValueError("probabilities must be non-negative and each row sum to 1; pass what predict_proba returns")
     return probabilities.detach().double().amax(-1).mean().item()
-
-
-def class_diversity(
-    images: Tensor, labels: Tensor, real_images: Tensor, real_labels: Tensor, classes: Sequence[int]
-) -> Tensor:
-    r"""How far apart the images of one class are, relative to real images of that class.
-
-    For each class the root mean squared distance of two different generated images over that of two real ones:
-    1 where they vary as much as real ones, 0 where a class has collapsed to one image.
-
-    Args:
-        images: (n, *event_shape), generated.
-        labels: (n,) their predicted labels.
-        real_images: (m, *event_shape), not trained on.
-        real_labels: (m,) their true labels; at least two images of each class, not all the same.
-        classes: the classes, in the order of the result.
-
-    Returns:
-        (classes,) float64; 0 for a class with fewer than two generated images.
-
-    Raises:
-        ValueError: lengths or shapes that differ, or a class without two different real images.
-
-    Example:
-        >>> real, labels = torch.tensor([[0.0], [2.0]]), torch.tensor([7, 7])
-        >>> class_diversity(real / 2, labels, real, labels, (7,)).tolist()
-        [0.5]
-    """
-    for name, data, marks in (("", images, labels), ("real_", real_images, real_labels)):
-        if data.ndim < 2 or len(data) != len(marks) or data.shape[1:] != images.shape[1:]:
-            raise ValueError(
-                f"{name}images must have shape (n, *event_shape) and {name}labels shape (n,), generated and real of "
-                f"one shape, got {tuple(data.shape)} and {tuple(marks.shape)}"
-            )
-        finite_numbers(f"{name}images", data)
-    wanted = _mean_squared_distances(real_images, real_labels, classes)
-    if not bool((wanted > 0).all()):
-        lacking = [label for label, spread in zip(classes, wanted.tolist(), strict=True) if not spread > 0]
-        raise ValueError(f"real_images must hold two different images of each class, not so for {lacking}")
-    return (_mean_squared_distances(images, labels, classes) / wanted).sqrt()
-
-
-def _mean_squared_distances(images: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """Mean squared distance of two different images by class: twice the sum of the pixels' sample variances."""
-    found = []
-    for label in classes:
-        members = images.detach()[labels == label].flatten(1).double()
-        found.append(2.0 * members.var(0).sum().item() if len(members) > 1 else 0.0)
-    return torch.tensor(found, dtype=torch.float64)
 
 
 def _difference(p: Tensor | Sequence[float], target: Tensor | Sequence[float] | None) -> Tensor:

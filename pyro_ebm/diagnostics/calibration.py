@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import interruptions_pass
 from pyro_ebm.diagnostics.moments import component_names, components, is_exact, worth
@@ -48,6 +49,7 @@ Quantity = Callable[[dict[str, Tensor]], Tensor]
 
 @entry(gradients=True)
 @passes_keywords()
+@checked
 def calibrate(
     model: Callable[..., Any],
     *args: Any,

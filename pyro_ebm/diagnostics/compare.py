@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import finite_numbers
 from pyro_ebm.convergence import agreement, superchains_of, worst_agreement
@@ -44,6 +45,7 @@ class _Thresholds(NamedTuple):
     max_error: float
 
 
+@checked
 def compare(
     draws: Mapping[str, Draws],
     *,

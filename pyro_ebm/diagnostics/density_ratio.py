@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.checks import finite_numbers
@@ -73,6 +74,7 @@ def _truncated(weights: Tensor, largest: float) -> Tensor:
     return weights.clamp(max=float(caps[first]))
 
 
+@checked
 def density_ratio(numerator: Array, denominator: Array, *, seed: int = 0) -> DensityRatio:
     r"""Estimate ``p_numerator(x) / p_denominator(x)`` at the data of the denominator by classification.
 

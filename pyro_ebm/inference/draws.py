@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import real_numbers
 from pyro_ebm.display import describe_draws, draws_as_html
 from pyro_ebm.estimates import Estimate
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Draws", "Source"]
+
+_MOST_CATEGORIES = 2**24  # of torch.multinomial
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +62,7 @@ class Source:
         return (type(None), ())
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Draws:
     """Draws of a model's latent sites, with what is needed to judge them.
@@ -180,6 +184,7 @@ class Draws:
         values = values.double()
         return torch.tensordot(self._weights().to(values), values, dims=1)
 
+    @checked
     def resample(self, num_samples: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Equally weighted draws, with replacement: what to decode, plot or feed to a classifier.
 
@@ -197,8 +202,14 @@ class Draws:
         """Positions of draws chosen by their weights, on the device of the values; drawn where the generator is."""
         weights = self._weights()
         where = weights.device if generator is None else generator.device
-        index = torch.multinomial(weights.to(where), num_samples, replacement=True, generator=generator)
-        return index.to(weights.device)
+        weights = weights.to(where)
+        if len(weights) < _MOST_CATEGORIES:
+            index = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
+        else:
+            places = torch.rand(num_samples, generator=generator, dtype=weights.dtype, device=where)
+            sums = weights.cumsum(0)
+            index = torch.searchsorted(sums, places * sums[-1], right=True).clamp(max=len(weights) - 1)
+        return index.to(self._any.device)
 
     def _spread(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
         """Positions as of :meth:`_chosen`, each so often as its weight asks for, in random order."""
@@ -212,6 +223,7 @@ class Draws:
         index = torch.searchsorted(weights.cumsum(0), places, right=True).clamp(max=len(weights) - 1)
         return index[torch.randperm(num_samples, generator=generator, device=where)].to(device)
 
+    @checked
     def equally_weighted(
         self, num_samples: int | None = None, *, generator: torch.Generator | None = None
     ) -> Draws:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arrays import as_tensors
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
@@ -70,6 +71,7 @@ class LogLikelihood(NamedTuple):
 
 @entry()
 @passes_keywords()
+@checked
 def importance(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None = None,
@@ -197,9 +199,10 @@ def _judge(log_weights: Tensor) -> tuple[Tensor, float, str | None]:
 
 
 @entry()
+@checked
 def log_likelihood(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Any,
     x: Data = None,
     *,
     num_samples: int = 1000,
@@ -289,7 +292,6 @@ def _calls(
     kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any] | None,
 ) -> list[Call]:  # fmt: skip
     """What model and guide are called with, for some data after the other."""
-    whole_number("batch_size", batch_size)
     batches = list(row_batches("x", data, batch_size, model, guide))
     options = frozenset({"num_samples", "log_z", "seed", "batch_size"})
     _, bound = sorted_keywords(owner, model, len(batches[0]), options, kwargs, model_kwargs)
@@ -325,6 +327,7 @@ def _log_normalizer(model: Callable[..., Any], calls: Sequence[Call], seed: int 
 
 
 @entry()
+@checked
 def posterior_draws(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -9,6 +9,7 @@ import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import stopped_by
@@ -50,6 +51,7 @@ _MIN_POOL = 2048  # resampling a small pool would follow the untilted model
 
 @entry()
 @passes_keywords()
+@checked
 def predictive(
     model: Callable[..., Any],
     *args: Any,

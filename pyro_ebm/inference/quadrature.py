@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.entry import entry
 from pyro_ebm.errors import warn_user
@@ -41,6 +42,7 @@ def as_log_density(target: Any, *args: Any, **kwargs: Any) -> LogDensity:
 @entry()
 @passes_keywords()
 @torch.no_grad()
+@checked
 def quadrature(
     target: LogDensity | Distribution | Callable[..., Any],
     *args: Any,

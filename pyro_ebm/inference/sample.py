@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.distributions import Distribution
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import check_seconds
 from pyro_ebm.entry import entry
@@ -42,13 +43,14 @@ METHODS = ("auto", "snis", "nuts", "hmc", *_KERNELS, "smc")
 def _options_of(given: Mapping[str, Any]) -> tuple[str, frozenset[str], frozenset[str]]:
     """What to call the method in errors, its options, and those of all methods."""
     method = given.get("method", "auto")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     return f'method="{method}"', frozenset(_known(method) | _OF_SAMPLE), frozenset().union(*map(_known, METHODS))
 
 
 @entry(gradients=True)
 @passes_keywords(_options_of)
+@checked
 def sample(
     model: Callable[..., Any],
     *args: Any,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.modules import register_for_svi
 from pyro_ebm.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
@@ -36,6 +37,7 @@ _NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module], tuple[int, ...]]] =
 _SMALLEST_SCALE = 1e-3
 
 
+@checked
 class VAE(nn.Module):
     """A variational autoencoder with a standard normal prior, as a Pyro model and guide.
 

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import real_numbers
 from pyro_ebm.energies import Energy, FunctionEnergy
 
 __all__ = ["MomentEnergy"]
 
 
+@checked
 class MomentEnergy(Energy):
     r"""``E(v) = -lambda . f(v)``, the exponential family of the features ``f`` over a base distribution.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import real_numbers, whole_number
 from pyro_ebm.deadline import interruptions_pass
 from pyro_ebm.energies import Energy, as_energy
@@ -71,6 +72,7 @@ class MomentFit:
 
 
 @entry(gradients=True, of_model=False)
+@checked
 def fit_moments(
     base: Distribution,
     energy: MomentEnergy,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
 from pyro_ebm.inference.density.log_density import LogDensity
@@ -28,6 +29,7 @@ _ADAPTATION_RATE = 0.25
 _ENOUGH_DATA = 16  # to take scales from, as in MCMC
 
 
+@checked
 class ContrastiveDivergence:
     r"""Contrastive divergence: energies go down at the data and up where a few Markov steps lead.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
 from pyro_ebm.objectives.contrastive import contrast, require_weight, squared_slopes
@@ -17,6 +18,7 @@ from pyro_ebm.tilts.tilt import TiltedModel
 __all__ = ["FirstOrder"]
 
 
+@checked
 class FirstOrder:
     r"""Energies go down at the data and up at draws of the base: the first-order term of log Z instead of log Z.
 

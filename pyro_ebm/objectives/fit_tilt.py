@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
@@ -43,6 +44,7 @@ _PLEASANT = ("epochs", "flat")
 
 
 @entry(gradients=True)
+@checked
 def fit_tilt(
     model: TiltedModel,
     guide: Callable[..., Any],
@@ -117,6 +119,8 @@ def fit_tilt(
         TrainingWarning: a gain that was still moving after ``max_steps``; one that is none on data not seen.
     """
     site, _ = one_tilt(model)
+    if control is not None and not 0 <= control < 1:
+        raise ValueError(f"control must be at least 0 and below 1, got {control!r}")
     _check(model.energies[site], site, bound, max_steps, tolerance, folds)
     kept = Checkpoint.of(checkpoint)
     saved = kept.saved() if seed is None and kept is not None else None

@@ -13,12 +13,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.tilts.normalizer import Normalizer, checked_energy, site_log_normalizer
 from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["TiltELBO", "TiltLikelihood"]
 
 
+@checked
 class TiltLikelihood:
     r"""Log likelihood ratio of a tilted model to its base: ``log E_{p(z|x)}[exp(-E(z))] - log Z``.
 

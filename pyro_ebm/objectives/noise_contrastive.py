@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.objectives.positives import base_draws, energy_of, log_z_of, positives
 from pyro_ebm.tilts.tilt import TiltedModel
 
 __all__ = ["NoiseContrastive"]
 
 
+@checked
 class NoiseContrastive:
     r"""Noise-contrastive estimation between the tilted site given the data and the site's distribution before the tilt.
 

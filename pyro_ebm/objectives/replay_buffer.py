@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 
 __all__ = ["ReplayBuffer"]
 
 
+@checked
 class ReplayBuffer:
     r"""A population of chains that training steps move on: most are taken up where they stopped, a few start anew.
 

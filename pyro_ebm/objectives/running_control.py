@@ -10,11 +10,13 @@ import pyro.infer
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.tilts.listeners import log_z_through
 
 __all__ = ["RunningControl"]
 
 
+@checked
 class RunningControl:
     r"""Another objective, with the gradient of log Z taken against a running average of Z.
 

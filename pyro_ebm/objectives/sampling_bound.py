@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy
 from pyro_ebm.inference.importance import Data, LogLikelihood, log_likelihood
@@ -27,6 +28,7 @@ __all__ = ["SamplingBound", "snis_log_likelihood"]
 _POOL = 2**18  # proposals in one pass of the energy, where each particle would have a set of its own
 
 
+@checked
 class SamplingBound:
     r"""The ELBO of a model whose tilted site is drawn by self-normalized importance sampling with K proposals.
 
@@ -77,6 +79,7 @@ class SamplingBound:
         return torch.as_tensor(loss)
 
 
+@checked
 def snis_log_likelihood(
     model: TiltedModel,
     guide: Callable[..., Any],

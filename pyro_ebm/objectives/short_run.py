@@ -13,6 +13,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.kernels.adaptation import initial_tuning
@@ -37,6 +38,7 @@ __all__ = ["ShortRun"]
 _STARTS = ("base", "guide")
 
 
+@checked
 class ShortRun:
     r"""Maximum likelihood of a tilted prior and its decoder, with expectations from short Langevin chains.
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pyro_ebm.annotations import checked
+from pyro_ebm.checks import require_attributes
 from pyro_ebm.plots.style import INK, MUTED, axes_or_new, looks
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_class_balance", "plot_label_histograms"]
 
 
+@checked
 def plot_label_histograms(
     labels: Mapping[str, Any], classes: Sequence[Any] | None = None, *, ax: Axes | None = None
 ) -> Axes:
@@ -50,6 +53,7 @@ def plot_label_histograms(
     return _headroom(ax)
 
 
+@checked
 def plot_class_balance(
     balances: Mapping[str, ClassBalance],
     *,
@@ -68,6 +72,8 @@ def plot_class_balance(
     Returns:
         The axes.
     """
+    for each in balances.values():
+        require_attributes("balances", each, ("classes", "proportions"), "a mapping of names to ClassBalance")
     if not balances:
         raise ValueError("balances is empty: give at least one name and its class balance")
     first = next(iter(balances.values()))

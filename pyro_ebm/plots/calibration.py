@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.diagnostics.ranks import Calibration, uniform_band, uniform_ecdf
 from pyro_ebm.plots.style import INK, MUTED, color
 
@@ -21,10 +22,11 @@ _X_LABEL, _Y_LABEL = "rank / (draws + 1)", "ECDF $-$ uniform"
 _FINE, _FALLEN = color(0), color(1)
 
 
+@checked
 def plot_calibration(
     calibration: Calibration,
     *,
-    quantities: Sequence[str] | None = None,
+    quantities: str | Sequence[str] | None = None,
     prob: float = 0.95,
     axes: Axes | Sequence[Axes] | NDArray[np.object_] | None = None,
 ) -> NDArray[np.object_]:
@@ -66,7 +68,7 @@ def plot_calibration(
     return panels
 
 
-def _chosen(calibration: Calibration, quantities: Sequence[str] | None) -> tuple[list[str], str]:
+def _chosen(calibration: Calibration, quantities: str | Sequence[str] | None) -> tuple[list[str], str]:
     """Names of the panels, and what the figure must say about those left out."""
     known = list(calibration.ranks)
     if quantities is not None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyro_ebm.annotations import checked
+from pyro_ebm.checks import require_attributes
 from pyro_ebm.diagnostics.compare import find_reference
 from pyro_ebm.diagnostics.moments import Moments, bulk_ess, component_names, components, error_in_se, moments
 from pyro_ebm.inference.draws import Draws
@@ -24,6 +26,7 @@ _LINEAR_TO = 10.0  # errors beyond are drawn on a logarithmic scale
 _ENOUGH = 400  # bulk ESS from which R-hat and standard errors can be relied on (Vehtari et al. 2021)
 
 
+@checked
 def plot_compare(
     draws: Mapping[str, Draws],
     *,
@@ -54,6 +57,8 @@ def plot_compare(
     Reference:
         Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), Rank-normalization, folding, and localization.
     """
+    for each in draws.values():
+        require_attributes("draws", each, ("values", "method"), "a mapping of names to Draws")
     yardstick = reference if isinstance(reference, str) else getattr(reference, "method", "")
     reference = find_reference(draws, reference)
     sites, names = _components(draws, reference)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.plots.style import axes_or_new
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_images"]
 
 
+@checked
 def plot_images(
     images: Tensor, *, num_rows: int | None = None, title: str | None = None, ax: Axes | None = None
 ) -> Axes:

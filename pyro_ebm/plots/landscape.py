@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.annotations import checked
+from pyro_ebm.checks import number
 from pyro_ebm.plots.style import INK, axes_or_new
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ __all__ = ["plot_energy_landscape"]
 _DEPTH = 12.0  # nats below the peak where the colors end: what lies deeper is never sampled
 
 
+@checked
 def plot_energy_landscape(
     energy: Callable[[Tensor], Tensor],
     base: Distribution | None = None,
@@ -48,7 +51,8 @@ def plot_energy_landscape(
     Returns:
         The axes.
     """
-    prob = [prob] if isinstance(prob, int | float) else list(prob)
+    several = prob if isinstance(prob, Sequence | np.ndarray) else [prob]
+    prob = [number("prob", share, at_least=0, at_most=1, within=True) for share in several]
     x, y, log_density = _log_density(energy, base, _four(limits), num_points)
     relative = np.maximum(log_density - log_density.max(), -_DEPTH)
     points = None if draws is None else _points(draws)

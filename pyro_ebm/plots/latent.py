@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.plots.style import INK, MUTED, TILTED, axes_or_new, class_style
 
@@ -21,6 +22,7 @@ _SHARES = (0.5, 0.9)  # of the draws, inside the lines of the overlay
 _BINS = 100
 
 
+@checked
 def plot_latent_scatter(z: Tensor, labels: Any, *, max_points: int = 5000, ax: Axes | None = None) -> Axes:
     """Latent means colored by class.
 
@@ -49,6 +51,7 @@ def plot_latent_scatter(z: Tensor, labels: Any, *, max_points: int = 5000, ax: A
     return _finish(ax, plane, "class")
 
 
+@checked
 def plot_latent_overlay(
     encodings: Tensor, prior: Tensor, tilted: Tensor, *, max_points: int = 1500, ax: Axes | None = None
 ) -> Axes:

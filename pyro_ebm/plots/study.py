@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.plots.style import INK, MUTED, class_style, color
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _ROOM_BELOW = 12.0
 _ROOM_FOR_ARROWS = 0.18  # of the height that the points take
 
 
+@checked
 def plot_debias_study(
     summary: pd.DataFrame, *, axes: NDArray[np.object_] | None = None
 ) -> NDArray[np.object_]:

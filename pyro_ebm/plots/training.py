@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pyro_ebm.annotations import checked
+from pyro_ebm.checks import require_attributes
 from pyro_ebm.plots.style import INK, axes_or_new, color, lighter
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ __all__ = ["plot_training_curves"]
 _DOTS = 20  # on a validation curve
 
 
+@checked
 def plot_training_curves(
     result: FitResult | Mapping[str, FitResult], *, label: str = "loss per datum (nats)", ax: Axes | None = None
 ) -> Axes:
@@ -36,6 +39,8 @@ def plot_training_curves(
     from matplotlib.ticker import MaxNLocator
 
     results = dict(result) if isinstance(result, Mapping) else {"": result}
+    for each in results.values():
+        require_attributes("result", each, ("train_loss", "validation_loss"), "what fit returned, or several by name")
     if not any(len(each.train_loss) for each in results.values()):
         raise ValueError("result holds no epoch: train for at least one before plotting")
     ax = axes_or_new(ax, (6.0, 3.8) if len(results) == 1 else (8.0, 3.8))

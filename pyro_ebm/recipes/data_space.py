@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.models.vae import VAE
 
 __all__ = ["ReconstructionEnergy"]
 
 
+@checked
 class ReconstructionEnergy(Energy):
     r"""``E(r(x))``, where ``r(x)`` is the VAE's reconstruction of ``x``: the decoded mean of its encoder.
 

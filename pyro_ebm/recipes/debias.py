@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.datasets.splits import BiasedSplit
 from pyro_ebm.devices import one_thread
 from pyro_ebm.diagnostics.balance import ClassBalance, LabelClassifier, class_balance
@@ -41,6 +42,7 @@ __all__ = ["debias"]
 _POSTERIOR_SHARE = 0.25  # of the draws of the prior
 
 
+@checked
 def debias(
     config: DebiasConfig | None = None, *, out: str | Path | None = None, resume: bool = False, **settings: Any
 ) -> DebiasResult:

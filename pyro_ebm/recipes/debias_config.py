@@ -10,6 +10,7 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 
 __all__ = ["DATASETS", "METHODS", "NUM_SAMPLES", "QUICK", "DebiasConfig", "Schedule"]
@@ -24,6 +25,7 @@ QUICK = "A quick run: it shows that everything works, and its numbers mean nothi
 _DEFAULT_PROPORTIONS = (0.12, 0.33, 0.28, 0.20, 0.07)
 
 
+@checked
 @dataclass(frozen=True)
 class DebiasConfig:
     """Settings of :func:`debias`.

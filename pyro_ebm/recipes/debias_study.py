@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.devices import one_thread
 from pyro_ebm.errors import TrainingWarning, warn_user
 from pyro_ebm.files import replacing, write_whole
@@ -79,6 +80,7 @@ class StudyResult:
         return groups[["seeds"]].sum().join(means).join(errors)[["seeds", *columns]]
 
 
+@checked
 def debias_study(
     config: StudyConfig | None = None, *, out: str | Path | None = None, **settings: Any
 ) -> StudyResult:

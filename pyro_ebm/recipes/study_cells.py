@@ -17,10 +17,10 @@ from pyro_ebm.deadline import interruptions_pass
 from pyro_ebm.diagnostics.balance import (
     LabelClassifier,
     class_balance,
-    class_diversity,
     fairness_discrepancy,
     mean_confidence,
 )
+from pyro_ebm.diagnostics.diversity import class_diversity
 from pyro_ebm.energies import Energy
 from pyro_ebm.errors import InfeasibleError, InferenceWarning, TrainingWarning
 from pyro_ebm.estimates import Estimate

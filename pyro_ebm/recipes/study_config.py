@@ -9,6 +9,7 @@ from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.recipes.debias_config import DebiasConfig, Schedule
 
 __all__ = ["GRID", "METHODS", "Cell", "StudyConfig"]
@@ -40,6 +41,7 @@ class Cell(NamedTuple):
         return f"{self.method}-d{self.latent_dim}-s{self.seed}{size}"
 
 
+@checked
 @dataclass(frozen=True)
 class StudyConfig:
     """Settings of :func:`debias_study`.

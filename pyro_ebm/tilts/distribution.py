@@ -11,10 +11,12 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.errors import warn_user
 from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.tilts.normalizer import (
+    METHODS,
     Normalizer,
     checked_energy,
     log_z_key,
@@ -28,6 +30,7 @@ _MAX_POOL = 2**17
 _OVERSAMPLING = 16
 
 
+@checked
 class TiltedDistribution(TorchDistribution):
     r"""``p_theta(v) = exp(-E_theta(v)) p(v) / Z_theta`` as a Pyro distribution.
 
@@ -63,6 +66,8 @@ class TiltedDistribution(TorchDistribution):
     ) -> None:
         self.base = base
         self.energy = as_energy(energy)
+        if isinstance(normalizer, str) and normalizer not in METHODS:
+            raise ValueError(f"normalizer must be one of {METHODS} or a Normalizer, got {normalizer!r}")
         self.normalizer = Normalizer(normalizer) if isinstance(normalizer, str) else normalizer
         self._cached_log_z: tuple[object, Tensor] | None = None
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arviz_statistics import importance_ess, psis
 from pyro_ebm.checks import real_numbers, whole_number
 from pyro_ebm.deadline import OutOfTime, check_time, time_left
@@ -56,6 +57,7 @@ _REMEDY = (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class Normalizer:
     """How a tilt estimates its own ``log Z``.

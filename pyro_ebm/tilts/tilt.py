@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.display import number, table
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.entry import entry
@@ -25,6 +26,7 @@ from pyro_ebm.randomness import fingerprint
 from pyro_ebm.structure import ModelStructure, event_dim_of, model_structure, prototype_trace
 from pyro_ebm.tilts.forward import forward_log_normalizer, forward_log_weights, forward_way
 from pyro_ebm.tilts.normalizer import (
+    METHODS,
     Normalizer,
     checked_energy,
     log_z_key,
@@ -40,6 +42,7 @@ _MAX_STRUCTURES = 32  # of one tilted model, for arguments of other shapes or va
 Normalize = bool | float | str | Tensor | Normalizer
 
 
+@checked
 def tilt(
     model: Callable[..., Any],
     energies: Mapping[str, Energy | Callable[[Tensor], Tensor]],
@@ -312,9 +315,11 @@ def _checked_normalize(normalize: Normalize, sites: list[str]) -> bool | Tensor 
         return Normalizer()
     if normalize is False or isinstance(normalize, Normalizer):
         return normalize
-    if isinstance(normalize, str):
+    if isinstance(normalize, str) and normalize in METHODS:
         return Normalizer(normalize)
     if isinstance(normalize, (int, float, Tensor)):
+        if isinstance(normalize, int) and abs(normalize) > 2**53:
+            raise ValueError(f"normalize as a number must be one log Z, got {normalize!r}")
         constant = torch.as_tensor(normalize)
         if constant.ndim or not bool(constant.isfinite()):
             raise ValueError(f"normalize as a number must be one finite log Z, got {normalize!r}")

@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyro_ebm import files
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import file_path, whole_number
 from pyro_ebm.errors import CheckpointError
 from pyro_ebm.files import replacing
@@ -26,6 +27,7 @@ _KEEP_TENSORS = "a file holds tensors, numbers, text and tuples, lists and dicti
 Weights = list[dict[str, Any]]
 
 
+@checked
 @dataclass(frozen=True)
 class Checkpoint:
     """A file that keeps a training run: ``fit(..., checkpoint=Checkpoint("run.pt", resume=True))``.
@@ -80,6 +82,7 @@ class Checkpoint:
         return saved
 
 
+@checked
 def save_weights(module: nn.Module, path: str | Path) -> None:
     """Write a module's parameters and buffers to a file that :func:`load_weights` reads.
 
@@ -105,6 +108,7 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
     write(payload, path, kind="weights")
 
 
+@checked
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Read weights written by :func:`save_weights` into a module built the same way.
 

@@ -15,6 +15,7 @@ import pyro
 import torch
 from torch import nn
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.display import number, table
 from pyro_ebm.entry import entry
@@ -111,6 +112,7 @@ def _shown_losses(losses: list[float], kept_epoch: int) -> list[str]:
 
 
 @entry(gradients=True)
+@checked
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
+
 __all__ = ["Average", "Moving", "keep_of", "within_error"]
 
 KEEP = ("best", "last", "average")
@@ -23,6 +25,7 @@ _AGREEING = 8
 _NATS = 2.0
 
 
+@checked
 @dataclass(frozen=True)
 class Average:
     """Keep a moving average of the weights: ``fit(..., keep=Average(0.99))``; ``keep="average"`` has the default.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.tilts.streams import log_z_stream
@@ -23,6 +24,7 @@ Metric = Callable[..., Any]
 _LOG_Z_DRAWS = 1024  # at least, of each log Z
 
 
+@checked
 @dataclass(frozen=True)
 class Validation:
     """What a training run is judged by: ``fit(..., validation=Validation(0.2, metrics={"accuracy": accuracy}))``.

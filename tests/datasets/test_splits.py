@@ -123,7 +123,7 @@ def test_bad_proportions(proportions: Sequence[float] | dict[int, float], messag
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_bad_fraction(fraction: float) -> None:
-    with pytest.raises(ValueError, match=f"fraction must lie strictly between 0 and 1, got {fraction}"):
+    with pytest.raises(ValueError, match=f"fraction must (lie strictly between 0 and 1|be a number), got {fraction}"):
         biased_split(*labeled(), PROPORTIONS, fraction)
 
 
@@ -136,7 +136,7 @@ def test_bad_fraction(fraction: float) -> None:
         (COUNTS, 0.6, {"reference_size": 150}, "class 3 .* reference set: 50 needed, 40 left"),
         (COUNTS, 0.6, {"test_size": 120}, "class 3 .* test set: 40 needed, 28 left"),
         (COUNTS, 0.6, {"reference_size": 2}, "reference_size must be at least 3 for 3 classes, got 2"),
-        (COUNTS, 0.6, {"test_size": -3}, "test_size must be at least 0 for 3 classes, got -3"),
+        (COUNTS, 0.6, {"test_size": -3}, "test_size must be a whole number of at least 0, got -3"),
     ],
 )
 def test_no_examples_left(

@@ -295,7 +295,7 @@ def test_arviz_reads_it(mcmc):
             r"coords\['p'\] must hold 3 labels \(posterior: site 'z'\), got shape \(2,\)",
         ),
         ({"prior": {"mu": torch.tensor(1.0)}}, r"prior: 'mu' must have shape \(sample, \*site_shape\)"),
-        ({"posterior_predictive": torch.zeros(3)}, r"posterior_predictive must map sites to samples, got Tensor"),
+        ({"posterior_predictive": torch.zeros(3)}, "posterior_predictive must be a mapping of names to arrays"),
         ({"chains": 0}, "chains must be a whole number of at least 1, got 0"),
     ],
 )

@@ -68,11 +68,11 @@ def test_log_z_follows_features_that_are_trained_elsewhere():
 
 
 def test_errors():
-    with pytest.raises(TypeError, match="features must be a callable .*, got float"):
+    with pytest.raises(TypeError, match="features must be callable, got float"):
         MomentEnergy(1.0)
     with pytest.raises(ValueError, match=r"multipliers must be finite, .* got shape \(2,\): \[1.0, nan\]"):
         MomentEnergy(powers, [1.0, float("nan")])
-    with pytest.raises(ValueError, match=r"multipliers must be finite, .* got shape \(\)"):
+    with pytest.raises(TypeError, match=r"multipliers must be a tensor or a sequence of numbers or None, got 1.0"):
         MomentEnergy(powers, 1.0)
     with pytest.raises(ValueError, match="multipliers must be 2, one for each feature, got 3"):
         MomentEnergy(powers, [1.0, 2.0, 3.0], names=["mean", "square"])

@@ -225,7 +225,7 @@ def refused(target, match, error=ValueError, use=guide, x=None):
 
 def test_targets_it_is_not_for():
     energy = LinearEnergy([0.0, 0.0])
-    refused(model, r"model must be what tilt\(\) returns, got function", TypeError)
+    refused(model, "model must be a TiltedModel, got function", TypeError)
     for normalize in (False, 0.3):
         refused(tilt(model, {"z": energy}, normalize=normalize), "must estimate its log Z: without it")
     both = {"z": energy, "x": LinearEnergy([0.0, 0.0, 0.0])}

@@ -198,7 +198,7 @@ def test_log_z_enters_only_where_it_is_asked_for():
 
 @pytest.mark.parametrize("value", [0, -1, math.inf, "4", True])
 def test_constructor_errors(value):
-    with pytest.raises(ValueError, match="num_noise must be a finite number above zero, got"):
+    with pytest.raises((ValueError, TypeError), match="num_noise must be a (finite )?number"):
         NoiseContrastive(num_noise=value)
 
 

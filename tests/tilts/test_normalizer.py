@@ -403,7 +403,7 @@ def test_errors():
         Normalizer("smc")
     with pytest.raises(ValueError, match="num_samples must be a whole number of at least 2, got 1"):
         Normalizer(num_samples=1)
-    with pytest.raises(TypeError, match="energy must be an Energy or a callable"):
+    with pytest.raises(TypeError, match="energy must be an Energy or callable"):
         log_normalizer(base, 3.0)
     shape = (
         r"one number per batch element, shape \(64,\) for a value of shape \(64, 2\) with event_dim 1, got "

@@ -381,9 +381,9 @@ def test_log_prob_raises_where_log_z_is_not_finite(bad):
 
 
 def test_errors():
-    with pytest.raises(TypeError, match="energy must be an Energy or a callable"):
+    with pytest.raises(TypeError, match="energy must be an Energy or callable"):
         TiltedDistribution(standard(), 1.0)
-    with pytest.raises(ValueError, match="method must be one of"):
+    with pytest.raises(ValueError, match="normalizer must be one of"):
         TiltedDistribution(standard(), LinearEnergy(A), normalizer="mcmc")
     wrong = TiltedDistribution(standard(), lambda value: value)
     for use in (wrong.log_prob, wrong.unnormalized_log_prob, lambda z: wrong.sample((3,))):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import STOPS, finishing, limited, stopped_by
 from pyro_ebm.entry import entry
@@ -32,6 +33,7 @@ _MAX_GAP = 1.0  # nats between the bounds
 
 @entry(gradients=True)
 @passes_keywords()
+@checked
 def annealed_importance(
     target: Any,
     *args: Any,
@@ -241,6 +243,9 @@ def _given(path: Path, draws: Draws | Mapping[str, Tensor], size: int, groups: i
         if draws.log_weights is not None:
             raise ValueError(f"draws must weigh the same, got weighted ones ({draws.method!r}); use draws.resample()")
         draws = {site: draws.flat(site) for site in draws.values}
+    point = path.target.like.new_zeros(1, *path.target.batch, path.target.dim)
+    if lacking := sorted(set(path.target.constrain(point)) - set(draws)):
+        raise ValueError(f"draws must have the target's sites, they lack {lacking}")
     u = path.target.unconstrain(draws).detach().to(path.target.like)
     if len(u) < size * groups:
         raise ValueError(f"draws must be at least as many as chains, {size * groups}, got {len(u)}")

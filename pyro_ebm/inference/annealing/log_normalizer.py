@@ -12,6 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import limited
 from pyro_ebm.energies import Energy, as_energy
@@ -38,6 +39,7 @@ _LEAST_OVERLAP = 50.0  # draws
 
 
 @entry(of_model=False)
+@checked
 def log_normalizer(
     base: Distribution,
     energy: Energy | Callable[[Tensor], Tensor],

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.convergence import agreement
 from pyro_ebm.deadline import check_seconds, finishing, limited
@@ -38,6 +40,7 @@ _WHY = {
 _ENOUGH = 100  # particles, for R-hat to say something
 
 
+@checked
 class SMC:
     r"""Sequential Monte Carlo from the prior (or a guide) to the target, on islands that share no particles.
 
@@ -101,6 +104,8 @@ class SMC:
         whole_number("num_islands", num_islands)
         one_source(seed, annealing.generator)
         check_seconds(max_seconds)
+        if not callable(target) and not isinstance(target, Distribution):
+            raise TypeError(f"target must be a Pyro model, a distribution or a LogDensity, got {type(target).__name__}")
         self.kernel, self.annealing = annealing.kernel_of(target), annealing
         self.pace = Pace(target_ess, num_moves, max_moves)
         self.particles_per_island, self.num_islands = particles_per_island, num_islands

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.inference.density.capture import captured
 from pyro_ebm.inference.density.gradients import check_gradients
 from pyro_ebm.inference.density.log_density import LogDensity
@@ -23,6 +24,7 @@ from pyro_ebm.randomness import forked_rng
 __all__ = ["Annealing", "Path", "Points", "kernel_for", "path_to"]
 
 
+@checked
 @dataclass(frozen=True)
 class Annealing:
     """What :class:`SMC` and :func:`annealed_importance` share: where the way to the target begins, and who goes it.

@@ -13,6 +13,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import OutOfTime, check_seconds, finishing, limited
 from pyro_ebm.entry import entry
@@ -50,6 +51,7 @@ _CHAINS = 64
 _SHARE_OF_DIVERGENCES = 1e-3  # of the many transitions of many chains
 
 
+@checked
 class MCMC:
     """Run a kernel: ours move many chains at once, as one tensor; Pyro's run as they are, one chain after another.
 
@@ -159,7 +161,8 @@ class MCMC:
             refuse_of_batch(kernel, {**own, "superchains": superchains, "compile": compile, "capture": not capture})
         self.kernel, self.num_samples, self.warmup_steps = kernel, num_samples, warmup_steps
         self.initial_params, self.init, self.guide = initial_params, init, guide
-        self.hook_fn, self.transforms, self.save_params = hook_fn, transforms, save_params
+        self.hook_fn, self.transforms = hook_fn, transforms
+        self.save_params = None if save_params is None else list(save_params)
         self.disable_validation, self.vectorize = disable_validation, vectorize
         self.superchains = superchains
         self.thin, self.seed, self.generator = thin, seed, generator

@@ -13,6 +13,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import check_seconds, limited, stopped_by, time_left, time_limit
 from pyro_ebm.devices import one_thread
@@ -48,6 +49,7 @@ __all__ = ["pyro_hmc", "pyro_nuts"]
 
 @entry(gradients=True)
 @passes_keywords()
+@checked
 def pyro_nuts(
     model: Callable[..., Any],
     *args: Any,
@@ -115,6 +117,7 @@ def pyro_nuts(
 
 @entry(gradients=True)
 @passes_keywords()
+@checked
 def pyro_hmc(
     model: Callable[..., Any],
     *args: Any,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import real_numbers, whole_number
 from pyro_ebm.deadline import check_time
 from pyro_ebm.inference.density.model_target import ModelTarget
@@ -21,6 +22,7 @@ from pyro_ebm.tilts.tilt import tilt
 __all__ = ["LogDensity"]
 
 
+@checked
 class LogDensity:
     """``density(u) -> log p(u)`` up to a constant, for a batch of points in unconstrained space.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, biject_to
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.estimates import log_mean_exp
@@ -20,6 +21,7 @@ from pyro_ebm.tilts.normalizer import checked_energy
 __all__ = ["marginal_density"]
 
 
+@checked
 def marginal_density(
     vae: Any,
     energy: Energy | Callable[[Tensor], Tensor] | None = None,
@@ -64,6 +66,9 @@ def marginal_density(
         (11, torch.Size([5]))
     """
     whole_number("num_particles", num_particles)
+    lacking = [name for name in ("prior", "encode", "decode") if not hasattr(vae, name)]
+    if lacking:
+        raise TypeError(f"vae must have prior, encode and decode, as VAE has; {type(vae).__name__} lacks {lacking}")
     target = _Marginal(vae, None if energy is None else as_energy(energy), num_particles)
     return LogDensity(
         target.log_prob, target.dim, constrain=target.constrain, unconstrain=target.unconstrain, like=target.like

@@ -14,6 +14,7 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.structure import BatchedModel, Layout, nothing, prototype_trace, untilted
@@ -25,6 +26,7 @@ _CHUNK = 8192
 _SUFFIX = "_decentered"  # Pyro's own name for it
 
 
+@checked
 def noncentered(model: Callable[..., Any]) -> Callable[..., Any]:
     r"""The same model with its latent sites as functions of standard noise.
 
@@ -111,6 +113,7 @@ class _Quantile(Reparam):
 
 
 @torch.no_grad()
+@checked
 def centered(model: Callable[..., Any], draws: Draws, *args: Any, **kwargs: Any) -> Draws:
     """Draws of a non-centered model's noise as draws of the model's own sites.
 

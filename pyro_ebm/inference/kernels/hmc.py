@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.foreign import named_elsewhere
 from pyro_ebm.inference.kernels.kernel import (
@@ -110,6 +111,7 @@ def hamiltonian_step(
     return after, Info(acceptance, diverging, energy, num_steps, end[0], arrival, num_steps * stride.length)
 
 
+@checked
 @named_elsewhere
 @dataclass(eq=False, repr=False)
 class HMC(Kernel):
@@ -173,6 +175,7 @@ class HMC(Kernel):
         return step
 
 
+@checked
 @named_elsewhere
 @dataclass(eq=False, repr=False)
 class ChEES(HMC):

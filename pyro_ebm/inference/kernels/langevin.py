@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.foreign import named_elsewhere
 from pyro_ebm.inference.kernels.hmc import Stride, hamiltonian_step
 from pyro_ebm.inference.kernels.kernel import Info, Kernel, State, Step, ValueAndGrad
@@ -15,6 +16,7 @@ from pyro_ebm.inference.kernels.kernel import Info, Kernel, State, Step, ValueAn
 __all__ = ["MALA", "ULA"]
 
 
+@checked
 @named_elsewhere
 @dataclass(eq=False, repr=False)
 class MALA(Kernel):
@@ -56,6 +58,7 @@ class MALA(Kernel):
         return step
 
 
+@checked
 @named_elsewhere
 @dataclass(eq=False, repr=False)
 class ULA(MALA):

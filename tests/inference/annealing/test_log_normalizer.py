@@ -105,7 +105,7 @@ def test_errors():
             estimate(mixture, LinearEnergy(0.1), method)
         with pytest.raises(ValueError, match=r"base has a support for each element of its batch_shape \(3,\)"):
             estimate(uniform, LinearEnergy(0.1), method)
-        with pytest.raises(TypeError, match="energy must be an Energy or a callable"):
+        with pytest.raises(TypeError, match="energy must be an Energy or callable"):
             estimate(dist.Normal(0.0, 1.0), 3.0, method)
         with pytest.raises(ValueError, match="one number per batch element"):
             estimate(dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda v: v, method)

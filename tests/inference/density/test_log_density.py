@@ -69,7 +69,7 @@ def test_a_function_of_the_wrong_shape_is_refused():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(TypeError, match="log_prob must map"):
+    with pytest.raises(TypeError, match="log_prob must be callable, got str"):
         LogDensity("normal", 2)
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1"):
         LogDensity(lambda u: u.sum(-1), 0)
