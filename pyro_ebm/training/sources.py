@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.arrays import as_tensor, as_tensors
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.training.data import (
@@ -102,6 +103,7 @@ def split_of(source: Source, held_apart: float | Source, seed: int) -> tuple[Sou
     return source.split(held_apart, seed) if isinstance(held_apart, float) else (source, held_apart)
 
 
+@checked
 @dataclass(frozen=True)
 class Weighted:
     """Data that count by weights of their own: ``fit(model, guide, Weighted(x, weights))``.

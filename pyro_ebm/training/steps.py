@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from pyro_ebm.annotations import checked
 from pyro_ebm.checks import whole_number
 from pyro_ebm.training.data import Tensors
 
 __all__ = ["Batches", "EachStep", "make_scheduler", "parts_of_steps"]
 
 
+@checked
 @dataclass(frozen=True)
 class Batches:
     """Minibatches of which several make a step: ``fit(..., batch_size=Batches(32, accumulate=4))``.
@@ -45,6 +47,7 @@ class Batches:
         return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
 
 
+@checked
 @dataclass(frozen=True)
 class EachStep:
     """A learning-rate scheduler that is stepped after each step of the optimizer, and not after each epoch.
