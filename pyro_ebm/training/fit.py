@@ -320,7 +320,7 @@ def _survey(
     surveys = []
     for loss in {id(loss): loss for loss in losses}.values():
         state = loss.state()
-        surveys.append(survey(loss.value, batch, found, num_data=num, whole=whole, weighted=weighted))
+        surveys.append(survey(loss.visit, batch, found, num_data=num, whole=whole, weighted=weighted))
         loss.load_state(state)
     first = surveys[0]
     first.params = list(dict.fromkeys(name for each in surveys for name in each.params))

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -126,6 +128,11 @@ def survey(
     first, error = _look(run, batch, found)
     if error is not None:
         _refuse_subsample(first, batch, error)
+        if any(isinstance(module, PyroModule) for module in found):
+            raise error  # what makes its parameters at its first call is left half made
+        run = torch.enable_grad()(run)  # some losses are made of gradients
+        first, error = _look(run, batch, found)
+    if error is not None:
         return Survey(params=list(first.params))  # the training itself will say better what is wrong
     num = num_data_of(batch)
     if (whole and not weighted) or num < 2:
@@ -135,6 +142,7 @@ def survey(
     if error is not None:
         _refuse_subsample(fewer, batch, error)
         inside = {name for name, seen in first.sites.items() if any(num in shape for shape in seen)}
+        fewer = _Look()
         scaled = {plate: full for plate, (size, full) in first.enlarged.items() if size == num}
         outside = [name for name in first.sites if name not in inside]
     else:
@@ -152,6 +160,8 @@ def survey(
     params = list(first.params)
     plates = frozenset(plate for stack in first.plates.values() for plate, size in stack if size == num)
     plates -= {plate for stack in fewer.plates.values() for plate, size in stack if size == num}
+    if not scaled:
+        _refuse_autoguides(found, inside - set(first.densities), num)
     if weighted:
         _require_plates(first, inside, plates)
     if scaled:
@@ -171,6 +181,19 @@ def _require_plates(seen: _Look, inside: set[str], plates: frozenset[str]) -> No
             f"the sites {alone} change with the data but lie in no plate along them, so that no datum has a weight of "
             f"its own; put them into pyro.plate('data', len(x))"
         )
+
+
+def _refuse_autoguides(found: Sequence[nn.Module], latent: set[str], num: int) -> None:
+    """Autoguides have parameters for each datum of a minibatch: they would be shared by those at the same place."""
+    for guide in (sub for module in found for sub in module.modules() if isinstance(sub, AutoGuide)):
+        known = () if guide.prototype_trace is None or isinstance(guide, AutoGuideList) else guide.prototype_trace.nodes
+        local = sorted(latent & set(known))
+        if local:
+            raise ValueError(
+                f"{type(guide).__name__} has parameters of its own for each datum of site(s) {local}, but is given "
+                f"minibatches of {num} data or others to validate on, whose data would share them by their places; "
+                f"give it all data in one batch (batch_size=, validation=None), or take a guide that reads the data"
+            )
 
 
 class _Look(Messenger):

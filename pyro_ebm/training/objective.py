@@ -73,9 +73,14 @@ class Objective:
     def value(self, *batch: Tensor, epoch: int = 1) -> float:
         """The loss summed over the batch, without gradients."""
         with torch.no_grad():
-            if self._is_elbo:  # what is differentiable may be more than an ELBO can do without gradients
-                return float(_of_model(self.given.loss(*self.args, *batch)))
-            return float(self._tensor("loss", batch, epoch))
+            return float(self.visit(*batch, epoch=epoch))
+
+    def visit(self, *batch: Tensor, epoch: int = 1) -> Tensor | float:
+        """The loss summed over the batch, with gradients if the caller has them on, but to no parameter."""
+        if self._is_elbo:  # what is differentiable may be more than an ELBO can do without gradients
+            loss: Tensor | float = _of_model(self.given.loss(*self.args, *batch))
+            return loss
+        return self._tensor("loss", batch, epoch)
 
     def validation(self, *batch: Tensor, epoch: int = 1) -> float:
         """The measure of fit summed over the batch, without gradients: the loss itself unless told otherwise."""

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -209,6 +210,40 @@ def test_a_factor_of_constant_data_counts_in_full():
     result, _ = one_pass(model, 10, torch.ones(N))
     loss = 0.7**2 * N - dist.Normal(2.0, 0.1).log_prob(torch.tensor(0.3)).item()
     assert result.train_loss[0] == pytest.approx(loss / N, rel=1e-4)
+
+
+@pytest.mark.uses_param_store
+@pytest.mark.parametrize("options", [{"batch_size": 10}, {"batch_size": N, "validation": 0.2}])
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal, AutoDelta])
+def test_an_autoguide_of_single_data_is_named(guide, options):
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    settings = {"epochs": 1, "validation": None, "seed": 0, "progress": False, **options}
+    with pytest.raises(ValueError, match=rf"{guide.__name__} has parameters of its own for each datum .*\['z'\]"):
+        fit(model, guide(model), X, **settings)
+    fit(model, guide(model), X, **settings | {"batch_size": N, "validation": None})
+    both = nn.Module()
+    both.auto, both.slope = guide(pyro.poutine.block(model, hide=["z", "data", "x"])), nn.Parameter(torch.tensor(0.5))
+
+    def reading(x):
+        both.auto(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(both.slope * x))
+
+    fit(model, reading, X, train=both, **settings | {"batch_size": 10})
+
+
+def test_a_loss_made_of_gradients_counts_so():
+    def loss(model, guide, *batch):
+        value = Trace_ELBO().differentiable_loss(model, guide, *batch)
+        return value + 0 * torch.autograd.grad(value, guide.w, create_graph=True)[0] ** 2
+
+    result, _ = one_pass(plated, 10, objective=loss)
+    assert result.train_loss[0] == pytest.approx(float(-log_joint(0.3)[0]) / N, rel=1e-4)
 
 
 def own_rows(x, y):
