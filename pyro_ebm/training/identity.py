@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -48,13 +49,17 @@ def description(value: Any, depth: int = 0) -> Any:
 
 
 def _settings(value: Any, depth: int) -> dict[str, Any]:
-    """Public attributes that an object does not itself carry from step to step."""
+    """Attributes that an object was made with, by their names, and does not itself carry from step to step."""
+    try:
+        made_with = set(inspect.signature(type(value)).parameters)
+    except (TypeError, ValueError):  # of some classes written in C
+        made_with = set()
     carried = set(value.state_dict()) if hasattr(value, "state_dict") and hasattr(value, "load_state_dict") else set()
     skipped = carried | _PASSING
     return {
         name: description(item, depth + 1)
         for name, item in getattr(value, "__dict__", {}).items()
-        if not name.startswith("_") and name not in skipped and not isinstance(item, Tensor)
+        if name in made_with and name not in skipped and not isinstance(item, Tensor)
     }
 
 
@@ -110,5 +115,5 @@ def differences(saved: Any, here: Any, name: str) -> Iterator[str]:
     elif isinstance(saved, list) and isinstance(here, list) and len(saved) == len(here):
         for old, new in zip(saved, here, strict=True):
             yield from differences(old, new, name)
-    elif saved != here:
+    elif saved != here and not (saved != saved and here != here):  # two NaN are the same
         yield f"its {name} is {saved!r}, here it is {here!r}"
