@@ -48,14 +48,15 @@ from tests.zoo.cases import CASES
 
 RESULTS = Path(__file__).parent / "results" / "entry_points.jsonl"
 REPORT = Path(__file__).parent / "ENTRY_POINTS.md"
+_LIMIT = {"max_seconds": 20}
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "auto": {"max_seconds": 20},
-    "snis": {"num_samples": 5_000, "num_chains": 4},
-    "chees": {"num_samples": 200},
-    "mala": {"num_samples": 500},
-    "smc": {"num_samples": 1_000},
-    "nuts": {"num_samples": 400, "num_chains": 2, "max_seconds": 20},
-    "hmc": {"num_samples": 400, "num_chains": 2, "max_seconds": 20},
+    "auto": _LIMIT,
+    "snis": {"num_samples": 5_000, "num_chains": 4} | _LIMIT,
+    "chees": {"num_samples": 200} | _LIMIT,
+    "mala": {"num_samples": 500} | _LIMIT,
+    "smc": {"num_samples": 1_000} | _LIMIT,
+    "nuts": {"num_samples": 400, "num_chains": 2} | _LIMIT,
+    "hmc": {"num_samples": 400, "num_chains": 2} | _LIMIT,
 }
 OTHERS = ("tilt", "log_normalizer", "predictive", "log_likelihood", "to_arviz", "calibrate", "fit")
 SECONDS = 60

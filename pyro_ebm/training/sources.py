@@ -186,7 +186,7 @@ class _Memory:
         return math.ceil(len(self) / size)
 
     def batches(self, size: int, device: torch.device, order: torch.Generator | None = None) -> Iterator[Tensors]:
-        return batches(self.tensors, size, device, None if order is None else _shuffled(len(self), order))
+        return batches(self.tensors, size, device, _order(len(self), size, order))
 
     def split(self, share: float, seed: int) -> tuple[Source, Source | None]:
         rest, apart = held_apart_and_rest(len(self), share, seed)
@@ -222,7 +222,8 @@ class _Items:
         return math.ceil(len(self) / size)
 
     def batches(self, size: int, device: torch.device, order: torch.Generator | None = None) -> Iterator[Tensors]:
-        index = self.index if order is None else self.index[_shuffled(len(self), order)]
+        shuffled = _order(len(self), size, order)
+        index = self.index if shuffled is None else self.index[shuffled]
         for part in index.split(size):
             yield _on(device, self._read(part))
 
@@ -289,7 +290,10 @@ class _Loader:
         return fingerprint((), *about)
 
 
-def _shuffled(num: int, order: torch.Generator) -> Tensor:
+def _order(num: int, size: int, order: torch.Generator | None) -> Tensor | None:
+    """A shuffle of the data; none where all come at once: a model without a plate along them may count on their order."""
+    if order is None or size >= num:
+        return None
     return torch.randperm(num, generator=order, device=order.device)
 
 

@@ -156,3 +156,11 @@ def test_looking_at_the_first_batch_changes_nothing(rng_untouched):
     with rng_untouched():
         assert len(source.first(6)[0]) == 6
     assert validation_of(None, source) == 0.0
+
+
+@pytest.mark.parametrize("data", [(X, Y), Items()], ids=["tensors", "dataset"])
+def test_all_data_at_once_come_in_their_order(data):
+    """A model without a plate along its data may count on it, as one with a vector of effects."""
+    line = Line()
+    fit(line.model, line.guide, data, epochs=3, validation=None, seed=0, progress=False)
+    assert len(line.seen) == 3 and all(torch.equal(x, X) for x in line.seen)
