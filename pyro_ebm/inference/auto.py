@@ -75,21 +75,8 @@ def auto(
                 return call.told(weighted)
         else:
             call.steps.append(f"snis: not tried (one set of weights cannot serve all of independent={independent!r})")
-        options: dict[str, Any] = {"independent": independent, "vectorize": vectorize, "model_kwargs": kwargs}
         try:
-            density = LogDensity.from_model(model, *args, **options)
-        except DoesNotBroadcast as error:
-            if independent is not None or vectorize != "auto":
-                raise
-            return call.one_by_one(f"batched chains: not possible ({error})", num_chains)
-        except InputError:
-            raise
-        except ValueError as error:
-            if weighted is None:
-                raise
-            return call.judged_weights(weighted, f"chains: not possible ({error})")
-        try:
-            return call.batched(density, num_chains, compile=compile, one_by_one=independent is None)
+            return call.by_chains(weighted, num_chains, independent=independent, vectorize=vectorize, compile=compile)
         except OutOfTime as stop:
             if weighted is None:
                 raise
@@ -143,6 +130,25 @@ class _Call:
         reason = f"k >= {_MAX_K}" if k is None or not k < _MAX_K else f"ESS < {share.ess:g}"
         self.steps.append(f"{found}: not kept ({reason})")
         return draws, False
+
+    def by_chains(
+        self, weighted: Draws | None, num_chains: int | None, *, independent: str | None, vectorize: str, compile: bool
+    ) -> Draws:
+        """What comes after weights that are not good enough."""
+        options: dict[str, Any] = {"independent": independent, "vectorize": vectorize, "model_kwargs": self.kwargs}
+        try:
+            density = LogDensity.from_model(self.model, *self.args, **options)
+        except DoesNotBroadcast as error:
+            if independent is not None or vectorize != "auto":
+                raise
+            return self.one_by_one(f"batched chains: not possible ({error})", num_chains)
+        except InputError:
+            raise
+        except ValueError as error:
+            if weighted is None:
+                raise
+            return self.judged_weights(weighted, f"chains: not possible ({error})")
+        return self.batched(density, num_chains, compile=compile, one_by_one=independent is None)
 
     def judged_weights(self, draws: Draws, reason: str) -> Draws:
         """Weighted draws where no other method gave any, with what is wrong with them."""

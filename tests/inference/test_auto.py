@@ -23,6 +23,7 @@ from pyro_ebm import (
     to_arviz,
 )
 from pyro_ebm.chain_statistics import ess_bulk, r_hat
+from pyro_ebm.deadline import OutOfTime
 from pyro_ebm.inference import auto, until
 from pyro_ebm.inference.importance import weighed
 
@@ -445,3 +446,15 @@ def test_weights_are_returned_where_nothing_else_can_run():
     with pytest.warns(InferenceWarning, match=told):
         draws = sample(counts, ess=1e7, num_samples=100, **QUIET)
     assert draws.method == "snis" and float(draws.mean("rate")) == 9.0
+
+
+@pytest.mark.parametrize("where", ["LogDensity.from_model", "_smc", "run_until"])
+def test_weights_are_returned_where_there_is_no_time_for_more(small, monkeypatch, where):
+    def late(*args, **kwargs):
+        raise OutOfTime("on 3 steps of warm-up")
+
+    monkeypatch.setattr(f"pyro_ebm.inference.auto.{where}", late)
+    told = r"auto: chains: no time left for draws \(on 3 steps of warm-up\); importance sampling alone gave draws"
+    with pytest.warns(InferenceWarning, match=told):
+        draws = sample(tilted(2.5, 0.0), **QUIET)
+    assert draws.method == "snis" and steps(draws)[-1].endswith("the weighted draws are all there is")
