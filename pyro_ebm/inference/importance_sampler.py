@@ -18,6 +18,7 @@ from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
     Layout,
+    check_drawable,
     check_no_subsampling,
     drawn_log_prob,
     idle_masks,
@@ -80,6 +81,8 @@ class ImportanceSampler:
         self.sites = list(latent_sites(trace))
         if not self.sites and not per_datum:  # log_likelihood of a model without any is exact
             raise ValueError("the model has no latent sample sites: nothing to sample")
+        if guide is None:
+            check_drawable(latent_sites(trace), "importance sampling", 'give guide=, or use method="chees" or "nuts"')
         proposed = self.layout
         if guide is not None:
             guide_trace = prototype_trace(guide, args, kwargs)

@@ -2,12 +2,12 @@
 
 from pyro_ebm.structure.batched import Batch, BatchedModel, Layout, batched_run, nothing
 from pyro_ebm.structure.dependencies import ModelStructure, model_structure
+from pyro_ebm.structure.filling import filled, startable
 from pyro_ebm.structure.proposals import (
     check_simulates,
     drawn_log_prob,
     idle_masks,
     latent_masks,
-    leaf_of,
     outside_support,
     within_support,
 )
@@ -32,7 +32,15 @@ from pyro_ebm.structure.sites import (
     unconditioned,
     unmasked,
 )
-from pyro_ebm.structure.supports import of_mixture
+from pyro_ebm.structure.supports import (
+    NoPriorDrawsError,
+    Wrapped,
+    check_drawable,
+    is_periodic,
+    leaf_of,
+    of_mixture,
+    transform_of,
+)
 from pyro_ebm.structure.tilted import Tilted, TiltedCall, tilt_of, tilted_call, unnormalized, untilted
 from pyro_ebm.structure.ways import WAYS, DoesNotBroadcast, Failure, candidate_ways, slowest
 
@@ -53,6 +61,12 @@ __all__ = [
     "check_simulates",
     "drawn_log_prob",
     "event_dim_of",
+    "filled",
+    "is_periodic",
+    "NoPriorDrawsError",
+    "Wrapped",
+    "check_drawable",
+    "transform_of",
     "idle_masks",
     "is_deterministic",
     "is_factor",
@@ -74,6 +88,7 @@ __all__ = [
     "sample_sites",
     "scaled_log_prob",
     "slowest",
+    "startable",
     "subsampling_scale",
     "tilt_of",
     "tilted_call",

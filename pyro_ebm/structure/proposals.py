@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import VonMises
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution, TransformedDistribution, biject_to, constraints
+from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_ebm.structure.sites import is_factor, latent_sites, sample_sites, subsampling_scale, unmasked
+from pyro_ebm.structure.supports import check_drawable, is_periodic
 
 __all__ = [
     "check_simulates",
     "drawn_log_prob",
     "idle_masks",
     "latent_masks",
-    "leaf_of",
     "outside_support",
     "within_support",
 ]
@@ -78,6 +77,7 @@ def check_simulates(trace: poutine.Trace, what: str, remedy: str, *, scales: boo
     Raises:
         ValueError: naming latent sites whose prior a mask takes out of the density, or scaled sites.
     """
+    check_drawable(latent_sites(trace), what, remedy)
     flat = [name for name, mask in latent_masks(trace).items() if not bool(mask.any())]
     if flat:
         raise ValueError(
@@ -131,7 +131,7 @@ def outside_support(fn: Distribution, value: Tensor) -> Tensor | None:
 
     What rounding puts beside a support is inside; NaN is neither.
     """
-    if isinstance(leaf_of(fn), VonMises):  # its density repeats itself, its draws do not
+    if is_periodic(fn):  # its density repeats itself, its draws do not
         return _any_of_event(value.abs() > math.pi * (1.0 + _TOLERANCE), len(fn.event_shape))
     try:
         support: Any = fn.support
@@ -148,13 +148,6 @@ def outside_support(fn: Distribution, value: Tensor) -> Tensor | None:
     far, nan = lost > _TOLERANCE * (1.0 + value.abs()), value.isnan()
     far = far | lost.isnan()
     return ~inside & _any_of_event(far, support.event_dim) & ~_any_of_event(nan, support.event_dim)
-
-
-def leaf_of(fn: Any) -> Any:
-    """The distribution below ``to_event``, ``expand`` and ``mask``."""
-    while (inner := vars(fn).get("base_dist")) is not None and not isinstance(fn, TransformedDistribution):
-        fn = inner
-    return fn
 
 
 def _any_of_event(found: Tensor, event_dim: int) -> Tensor:

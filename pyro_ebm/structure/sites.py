@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform
+from pyro.distributions import Delta, ImproperUniform, TorchDistribution
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from pyro_ebm.errors import InputError
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.numerics import until_numbers_hold
 from pyro_ebm.randomness import forked_rng
+from pyro_ebm.structure.supports import leaf_of, transform_of
 
 __all__ = [
     "check_no_subsampling",
@@ -104,15 +105,20 @@ def _check_values(trace: poutine.Trace) -> None:
 
 
 class _Somewhere(Messenger):
-    """Sites that cannot be drawn get a point of their support."""
+    """Sites that cannot be drawn get a point of their support, or are named."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        while isinstance(fn, torch.distributions.Independent | MaskedDistribution):
-            fn = fn.base_dist
-        if msg["value"] is None and isinstance(fn, ImproperUniform):
-            transform, shape = biject_to(fn.support), fn.shape()
+        if msg["value"] is not None or not isinstance(msg["fn"], TorchDistribution):
+            return
+        fn = leaf_of(msg["fn"])
+        if isinstance(fn, ImproperUniform):
+            transform, shape = transform_of(msg["name"], fn), fn.shape()
             msg["value"] = transform(torch.zeros(transform.inverse_shape(shape)))
+        elif type(fn).sample is TorchDistribution.sample and type(fn).rsample is TorchDistribution.rsample:
+            raise InputError(
+                f"site {msg['name']!r} ({type(fn).__name__}) is drawn by no method of its distribution, which can only "
+                f"be observed: give it data (obs=), or another distribution"
+            )
 
 
 def sample_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:

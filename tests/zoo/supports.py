@@ -140,7 +140,6 @@ def truncated_by_uniform(y):
 @case(
     torch.tensor(0.7),
     answers=grid(lambda z: 2 * z.cos() - (0.7 - z) ** 2 / 2, z=(-math.pi, math.pi)),
-    has_density=False,  # on the real line it repeats itself
     draws=("plate", "loop"),
 )
 def von_mises(y):

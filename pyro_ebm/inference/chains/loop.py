@@ -159,7 +159,7 @@ class Chains:
         try:
             for index in range(num_steps):
                 before = self.state
-                self.state, info = self._step(before)
+                self.state, info = self._rewound(self._step(before))
                 self.state = self.state._replace(tuning=adaptation.update(before, info))
                 if self._rescue:
                     self.state = rescue.update(self.state, info, self.generator)
@@ -182,7 +182,7 @@ class Chains:
             with self._quiet():
                 for _ in range(num_draws):
                     for _ in range(thin):
-                        self.state, info = self._step(self.state)
+                        self.state, info = self._rewound(self._step(self.state))
                         self._count(info, "draws")
                     self.record.add(self.state, info)
                     self._told("Sample", len(self.record) - 1)
@@ -190,6 +190,14 @@ class Chains:
             self.stopped = stopped_by(stop)
         synchronize(self.state.u.device)
         self.sampling_seconds += time.perf_counter() - start
+
+    def _rewound(self, moved: tuple[State, Info]) -> tuple[State, Info]:
+        """Angles are brought back to one turn: on the line they would wander off, and seem to spread."""
+        state, info = moved
+        target = self.density.target
+        if target is None or target.periodic is None:
+            return moved
+        return state._replace(u=target.rewound(state.u)), info
 
     def _told(self, stage: str, index: int) -> None:
         if self._on_step is not None:

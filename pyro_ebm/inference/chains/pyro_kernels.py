@@ -30,6 +30,7 @@ from pyro_ebm.inference.chains.recording import (
 )
 from pyro_ebm.inference.chains.report import early_text, report_chains
 from pyro_ebm.inference.chains.starting_points import StartingPoints
+from pyro_ebm.inference.density.prepared import prepared
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import frozen
@@ -196,10 +197,17 @@ class _Run:
             # Validates the user's model, once and without its tilt; Pyro's own runs do not.
             trace = prototype_trace(untilted(model), args, kwargs)
             check_no_subsampling(trace)
+            model, own = prepared(model, args, kwargs, trace)
             with pyro.validation_enabled(False):
                 _, potential, transforms, _ = until_numbers_hold(
                     lambda attempt: initialize_model(
-                        model, args, kwargs, jit_compile=jit_compile, skip_jit_warnings=True, initial_params={}
+                        model,
+                        args,
+                        kwargs,
+                        transforms=own,
+                        jit_compile=jit_compile,
+                        skip_jit_warnings=True,
+                        initial_params={},
                     )
                 )
             if not transforms:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from pyro_ebm.inference.chains.recording import (
     warmup_note,
 )
 from pyro_ebm.inference.density.gradients import no_start
+from pyro_ebm.inference.density.prepared import prepared
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import latent_sites, observed_sites, prototype_trace, untilted
@@ -108,11 +110,28 @@ class StockChains:
             tqdm(total=total, desc=name, disable=not self.progress, mininterval=0.5) as bar,
         ):
             observed = {} if trace is None else observed_sites(trace)
-            chains = self._chains(bar, observed, args, kwargs)
+            with self._prepared(trace, args, kwargs):
+                chains = self._chains(bar, observed, args, kwargs)
         draws = self._collect(chains, name, time.perf_counter() - began)
         if trace is None:
             return draws
         return replace(draws, observed=observed, source=Source(self.kernel.model, args, kwargs))
+
+    @contextmanager
+    def _prepared(self, trace: Trace | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """The kernel with its model made fit for it; its own model again afterwards."""
+        kernel: Any = self.kernel
+        if trace is None:
+            yield
+            return
+        model = kernel.model
+        kernel.model, transforms = prepared(model, args, kwargs, trace)
+        if transforms is not None and getattr(kernel, "transforms", None) is None:
+            kernel.transforms = transforms
+        try:
+            yield
+        finally:
+            kernel.model = model
 
     def _chains(
         self, bar: tqdm, observed: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -6,27 +6,29 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Transform, biject_to
-from torch.distributions.constraints import Constraint
+from torch.distributions import Transform
 
 from pyro_ebm.inference.density.enumeration import enumerable_sites, summed_out
 from pyro_ebm.inference.density.guides import by_way_of_others, check_proposes, check_supports
+from pyro_ebm.inference.density.site import check_known, check_support, describe, to_site
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.numerics import until_numbers_hold
 from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
     Layout,
+    Wrapped,
     candidate_ways,
+    check_drawable,
     check_no_subsampling,
     drawn_log_prob,
+    filled,
     idle_masks,
     is_observed,
     latent_masks,
@@ -43,25 +45,6 @@ __all__ = ["VECTORIZE", "ModelTarget"]
 _FEW = 8  # points at which it is tried what depends on masked values
 _WAYS = ("plate", "vmap")  # those through which a gradient can be recorded
 VECTORIZE = ("auto", *_WAYS)
-
-
-@dataclass(frozen=True)
-class Site:
-    """How one latent site sits in the unconstrained vector."""
-
-    name: str
-    shape: torch.Size  # of its value, without chains
-    unconstrained_shape: torch.Size
-    event_dim: int
-    transform: Transform
-    data_axis: int | None  # axis of `shape` that holds the independent plate
-    dtype: torch.dtype
-    support: Constraint
-
-    @property
-    def size(self) -> int:
-        copies = 1 if self.data_axis is None else self.shape[self.data_axis]
-        return self.unconstrained_shape.numel() // copies
 
 
 class ModelTarget:
@@ -101,13 +84,15 @@ class ModelTarget:
         if self.discrete and independent is not None:
             raise ValueError(f"discrete sites {self.discrete} are summed over all data: leave independent=None")
         sites = {name: site for name, site in latent_sites(trace).items() if name not in self.discrete}
-        self.sites = [_describe(name, site, self.data_dim, transforms or {}) for name, site in sites.items()]
+        self._prior_sites = sites
+        self.sites = [describe(name, site, self.data_dim, transforms or {}) for name, site in sites.items()]
         if not self.sites:
             raise ValueError("the model has no continuous latent sample sites: nothing to sample")
         check_no_subsampling(trace)
         self.like = _common([trace.nodes[site.name]["value"] for site in self.sites])
         self.observed = observed_sites(trace)
         self._masks = latent_masks(trace)
+        self.filled: list[str] = []
         self._density = self._batched(self.model, self.layout)
         self._measure: Measure | None = None
         self._draws: BatchedModel | None = None
@@ -146,6 +131,8 @@ class ModelTarget:
         other = copy.copy(self)
         other._measure = functools.partial(_drawn, idle=self._idle())
         if guide is None:
+            remedy = 'give guide=, or start elsewhere: method="chees" starts uniformly'
+            check_drawable(self._prior_sites, "this method", remedy)
             other.model = poutine.block(self.base, hide_fn=is_observed)
             other._density = self._batched(self.base if self.discrete else other.model, self.layout, prior=True)
             other._density.way = self._density.way  # part of what was checked
@@ -157,6 +144,7 @@ class ModelTarget:
             if not other._by_way_of:
                 check_supports({site.name: site.support for site in self.sites}, proposed)
             other.model, layout = guide, Layout.of(proposed)
+            other._masks = {}
             other._density = self._batched(guide, layout)
             other.choose_way()
         # Draws need no gradients: what cannot be drawn under vmap (gamma numbers) is drawn in a loop.
@@ -178,6 +166,30 @@ class ModelTarget:
                 f'by hand, or start chains from it (method="chees", init="guide")'
             )
 
+    def _fill(self) -> None:
+        """Give entries that are masked, and that nothing depends on, their prior: without it they would drift away."""
+        self.filled = sorted(self._idle())
+        if self.filled:
+            way = self._density.way
+            self.model, self.base = filled(self.model, self.filled), filled(self.base, self.filled)
+            self._density = self._batched(self.model, self.layout)
+            self._density.way = way
+            self._masks = {name: mask for name, mask in self._masks.items() if name not in self.filled}
+
+    def _check_flat(self, u: Tensor) -> None:
+        """Of entries without a prior the rest of the model must depend on each."""
+        flat = [site.name for site in self.sites if site.flat or site.name in self._masks]
+        if not flat:
+            return
+        with torch.enable_grad(), forked_rng(0):
+            u = u.detach().requires_grad_()
+            total = torch.stack([each.sum() for each in self._site_log_probs(self._unpack(u)[0]).values()]).sum()
+            grad = torch.autograd.grad(total, u)[0] if total.requires_grad else torch.zeros_like(u)
+        unknown = (grad == 0).flatten(0, -2).all(0)
+        for site, part in zip(self.sites, unknown.split([site.size for site in self.sites]), strict=True):
+            if site.name in flat:
+                check_known(site, part)
+
     def _idle(self) -> dict[str, Tensor]:
         """Masks on latent sites that hide what nothing depends on."""
         if not self._masks:
@@ -186,6 +198,17 @@ class ModelTarget:
             values, _ = self._unpack(torch.randn(_FEW, *self.batch, self.dim).to(self.like))
             masks = {name: mask for name, mask in self._masks.items() if name in values}
             return idle_masks(masks, self.layout.event_dims, values, lambda given: self._density.run(given).total)
+
+    @functools.cached_property
+    def periodic(self) -> Tensor | None:
+        """Which coordinates of a point are angles, (dim,); None where none is."""
+        flags = [torch.full((site.size,), site.periodic) for site in self.sites]
+        found = torch.cat(flags).to(self.like.device)
+        return found if bool(found.any()) else None
+
+    def rewound(self, u: Tensor) -> Tensor:
+        """The same points with angles between -pi and pi."""
+        return u if self.periodic is None else torch.where(self.periodic, Wrapped()(u), u)
 
     @property
     def drawn_by(self) -> str:
@@ -217,7 +240,7 @@ class ModelTarget:
     def _unpack(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         values, log_jacobian = {}, u.new_zeros(u.shape[:-1])
         for site, part in zip(self.sites, u.split([site.size for site in self.sites], -1), strict=True):
-            flat = _to_site(part, site)
+            flat = to_site(part, site)
             values[site.name] = site.transform(flat).to(site.dtype)
             jacobian = site.transform.log_abs_det_jacobian(flat, values[site.name])
             axis = None if site.data_axis is None else site.data_axis + 1
@@ -272,6 +295,8 @@ class ModelTarget:
         u, values = until_numbers_hold(points)
         with torch.no_grad():
             self._density.choose(values)
+        self._fill()
+        self._check_flat(u)
         if self.batch.numel() > 1:
             self._check_independent(u)
 
@@ -283,7 +308,7 @@ class ModelTarget:
             conditioned = poutine.condition(self.model, data=dict(values))
             trace = poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
         for site in self.sites:
-            _check_support(site, trace.nodes[site.name]["fn"], values[site.name])
+            check_support(site, trace.nodes[site.name]["fn"], values[site.name])
 
     @torch.no_grad()
     def _check_independent(self, u: Tensor) -> None:
@@ -297,26 +322,6 @@ class ModelTarget:
                 )
 
 
-def _describe(
-    name: str, site: Mapping[str, Any], data_dim: int | None, transforms: Mapping[str, Transform]
-) -> Site:
-    fn, value = site["fn"], site["value"]
-    transform = transforms[name].inv if name in transforms else _known_transform(name, fn)
-    axis = None if data_dim is None else value.ndim - len(fn.event_shape) + data_dim
-    shape = torch.Size(transform.inverse_shape(value.shape))
-    return Site(name, value.shape, shape, len(fn.event_shape), transform, axis, value.dtype, fn.support)
-
-
-def _known_transform(name: str, fn: Any) -> Transform:
-    try:
-        return biject_to(fn.support)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"site {name!r} ({type(fn).__name__}) has a support that no transform to unconstrained space is known "
-            f"for, {fn.support}; sample it in another form (a covariance as scales times an LKJCholesky factor)"
-        ) from error
-
-
 def _with_room(layout: Layout, max_plate_nesting: int | None) -> Layout:
     return dataclasses.replace(layout, depth=max(layout.depth, max_plate_nesting or 0))
 
@@ -325,26 +330,6 @@ def _common(values: list[Tensor]) -> Tensor:
     """An empty tensor of the dtype that holds all values."""
     dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
     return values[0].new_empty(0, dtype=dtype)
-
-
-def _check_support(site: Site, fn: Any, value: Tensor) -> None:
-    """The support found here must be the one the transform was made for."""
-    u = biject_to(site.support).inv(value)
-    here = biject_to(fn.support)(u)
-    if here.shape != value.shape or not torch.allclose(here, value, rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise ValueError(
-            f"the support of site {site.name!r} ({type(fn).__name__}) depends on other latent sites, which no fixed "
-            f"transform to unconstrained space can follow; sample it on a fixed support and transform it in the "
-            f"model, for example b * pyro.sample({site.name!r}, dist.Uniform(0, 1))"
-        )
-
-
-def _to_site(part: Tensor, site: Site) -> Tensor:
-    """(chains, [n,] size) -> (chains, *unconstrained_shape)."""
-    if site.data_axis is None:
-        return part.reshape(part.shape[0], *site.unconstrained_shape)
-    rest = [s for axis, s in enumerate(site.unconstrained_shape) if axis != site.data_axis]
-    return part.reshape(*part.shape[:2], *rest).movedim(1, 1 + site.data_axis)
 
 
 def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:
