@@ -224,7 +224,7 @@ def fit(
     with forked_rng(seed), warnings.catch_warnings(), own_parameters(model, guide):
         # The loop finds these itself and says more about them.
         warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
-        surveyed = _survey(losses, train_on, judge_on, cut.size, found)
+        surveyed = _survey(losses, train_on, judge_on, cut.size, found, seed)
         groups = modules_to_train(train, found, surveyed.params)
         with only_training([m for group in groups for m in group], found) as parameters:
             made = _make_optimizer(optimizer, parameters)
@@ -270,7 +270,8 @@ def _loop(
                 bar.set_postfix(past.latest())
                 if checkpoint is not None and past.epoch % checkpoint.every == 0:
                     run.save(checkpoint.path)
-                asked = tell(callbacks, run, None if checkpoint is None else checkpoint.path)
+                with run.as_kept():
+                    asked = tell(callbacks, run, None if checkpoint is None else checkpoint.path)
             exhausted = exhausted or _exhausted(run, patience)
         stopped, trouble = "callback" if asked else "early stopping" if exhausted else "epochs", None
         if run.guard.doubtful:
@@ -311,8 +312,9 @@ def _bar_name(model: Callable[..., Any]) -> str:
 
 
 def _survey(
-    losses: Sequence[Objective], train_on: Source, judge_on: Source | None, batch_size: int, found: list[nn.Module]
-) -> Survey:
+    losses: Sequence[Objective], train_on: Source, judge_on: Source | None, batch_size: int, found: list[nn.Module],
+    seed: int,
+) -> Survey:  # fmt: skip
     """See what the losses do with a minibatch; what makes its parameters when first called, as autoguides, does."""
     num, batch, weighted = train_on.num_data(), train_on.first(batch_size), is_weighted(train_on)
     whole = judge_on is None and num == num_data_of(batch)
@@ -320,7 +322,7 @@ def _survey(
     surveys = []
     for loss in {id(loss): loss for loss in losses}.values():
         state = loss.state()
-        surveys.append(survey(loss.visit, batch, found, num_data=num, whole=whole, weighted=weighted))
+        surveys.append(survey(loss.visit, batch, found, num_data=num, whole=whole, weighted=weighted, seed=seed))
         loss.load_state(state)
     first = surveys[0]
     first.params = list(dict.fromkeys(name for each in surveys for name in each.params))

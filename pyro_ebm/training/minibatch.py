@@ -106,7 +106,7 @@ class Survey:
 
 def survey(
     run: Run, batch: tuple[Tensor, ...], found: Sequence[nn.Module], *,
-    num_data: int | None, whole: bool, weighted: bool = False,
+    num_data: int | None, whole: bool, weighted: bool = False, seed: int = 0,
 ) -> Survey:  # fmt: skip
     """Look at a loss: which sites it visits, and which of them belong to all data.
 
@@ -120,25 +120,26 @@ def survey(
         num_data: how many data there are in all; None: nobody knows.
         whole: whether no other minibatch is ever taken than the whole data.
         weighted: whether data have weights.
+        seed: of the noise, and so of what starts at random when it is first met.
 
     Raises:
         ValueError: a plate of the model takes a subsample that is none of the minibatch's; weights of data that no
             plate tells apart.
     """
-    first, error = _look(run, batch, found)
+    first, error = _look(run, batch, found, seed)
     if error is not None:
         _refuse_subsample(first, batch, error)
         if any(isinstance(module, PyroModule) for module in found):
             raise error  # what makes its parameters at its first call is left half made
         run = torch.enable_grad()(run)  # some losses are made of gradients
-        first, error = _look(run, batch, found)
+        first, error = _look(run, batch, found, seed)
     if error is not None:
         return Survey(params=list(first.params))  # the training itself will say better what is wrong
     num = num_data_of(batch)
     if (whole and not weighted) or num < 2:
         plates = frozenset(plate for stack in first.plates.values() for plate, size in stack if size == num)
         return Survey(Shares(num_data=num_data, plates=plates, weighted=weighted), list(first.params))
-    fewer, error = _look(run, tuple(part[: num - 1] for part in batch), found)
+    fewer, error = _look(run, tuple(part[: num - 1] for part in batch), found, seed)
     if error is not None:
         _refuse_subsample(fewer, batch, error)
         inside = {name for name, seen in first.sites.items() if any(num in shape for shape in seen)}
@@ -146,7 +147,7 @@ def survey(
         scaled = {plate: full for plate, (size, full) in first.enlarged.items() if size == num}
         outside = [name for name in first.sites if name not in inside]
     else:
-        others, _ = _look(run, tuple(part[1:] for part in batch), found)
+        others, _ = _look(run, tuple(part[1:] for part in batch), found, seed)
         inside = {name for name, seen in first.sites.items() if seen != fewer.sites.get(name)}
         inside |= {name for name, density in fewer.densities.items() if density != others.densities.get(name)}
         if all(torch.equal(part[1:], part[:-1]) for part in batch):  # other rows are no other data
@@ -238,9 +239,11 @@ def _mean(scale: Any) -> float:
     return float(scale.float().mean()) if isinstance(scale, Tensor) else float(scale)
 
 
-def _look(run: Run, batch: tuple[Tensor, ...], found: Sequence[nn.Module]) -> tuple[_Look, Exception | None]:
+def _look(
+    run: Run, batch: tuple[Tensor, ...], found: Sequence[nn.Module], seed: int
+) -> tuple[_Look, Exception | None]:
     seen = _Look()
-    with forked_rng(0), torch.no_grad(), evaluation_mode(*found), poutine.block(), seen:
+    with forked_rng(seed), torch.no_grad(), evaluation_mode(*found), poutine.block(), seen:
         try:
             run(*batch)
         except Exception as error:

@@ -291,7 +291,7 @@ class _Loader:
 
 
 def _order(num: int, size: int, order: torch.Generator | None) -> Tensor | None:
-    """A shuffle of the data; none where all come at once: a model without a plate along them may count on their order."""
+    """A shuffle of the data; none where all come at once: a model without a plate may count on their order."""
     if order is None or size >= num:
         return None
     return torch.randperm(num, generator=order, device=order.device)

@@ -160,12 +160,16 @@ def test_the_average_is_kept_validated_and_resumed(tmp_path):
             super().step()
             levels.append(module.level.item())
 
-    result = run(module, optimizer=functools.partial(Noted, lr=0.1), keep=Average(0.5), validation=(Y + 3,))
+    told = []
+    result = run(
+        module, optimizer=functools.partial(Noted, lr=0.1), keep=Average(0.5), validation=(Y + 3,),
+        callbacks=[lambda state: told.append(module.level.item())],
+    )  # fmt: skip
     average = 0.0
     for step, level in enumerate(levels):
         stays = min(0.5, (1 + step) / (10 + step))
         average = stays * average + (1 - stays) * level
-    assert module.level.item() == pytest.approx(average, rel=1e-5) != levels[-1]
+    assert module.level.item() == told[-1] == pytest.approx(average, rel=1e-5) != levels[-1]
     loss = -dist.Normal(average, 1.0).log_prob(Y + 3).mean()
     assert result.validation_loss[-1] == pytest.approx(float(loss), rel=1e-5)
     path = tmp_path / "run.pt"

@@ -94,6 +94,20 @@ def test_a_run_with_params_resumes_exactly(tmp_path):
     assert again.train_loss == whole.train_loss and pyro.param("scale").item() == expected
 
 
+def test_the_seed_decides_where_what_is_made_late_starts():
+    def model(x):
+        loc = pyro.param("loc", lambda: torch.randn(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    starts = []
+    for seed in (0, 0, 1):
+        pyro.clear_param_store()
+        run(model, epochs=1, seed=seed, optimizer=functools.partial(torch.optim.SGD, lr=0.0))
+        starts.append(pyro.param("loc").item())
+    assert starts[0] == starts[1] != starts[2]
+
+
 def test_named_params_learn_and_others_stand_still_with_a_word():
     holder = Holder()
     with pytest.warns(TrainingWarning, match=r"stand still: \['scale'\] .*train=\[\.\.\., 'scale'\]"):
