@@ -121,7 +121,7 @@ def test_no_time_at_all_is_an_error_that_says_so(name):
 @pytest.mark.parametrize("bad", [0, -1.0, float("nan"), "5", True])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_limit_is_a_positive_number(name, bad):
-    with pytest.raises(ValueError, match="max_seconds must be positive, got"):
+    with pytest.raises((ValueError, TypeError), match="max_seconds must be (positive|a number)"):
         CALLS[name](bad)
 
 
@@ -158,6 +158,12 @@ def test_a_way_without_end_is_given_up(monkeypatch):
     with pytest.warns(InferenceWarning, match=r"smc: given up \(100,000 evaluations"):
         draws = SMC(far, particles_per_island=64, num_islands=2, progress=False, seed=0).run()
     assert draws.notes["stopped"] == "max_evaluations" and draws.notes["temperatures"][-1] == 1
+
+
+def test_a_jump_worth_few_draws_does_not_know_its_error(clock):
+    smc = SMC(far, particles_per_island=128, num_islands=4, max_seconds=60, **SLOW)
+    with pytest.warns(InferenceWarning, match=r"weights worth \d+\.\d of 512.*log Z is uncertain by inf"):
+        assert smc.run().log_z.se == float("inf")
 
 
 def test_particles_weighted_to_the_target_in_one_step_follow_it(clock):

@@ -122,7 +122,8 @@ class SMC:
         Returns:
             Values (island, particle, *site_shape); ``log_weights``: of an island its estimate of Z, shared by its
             particles (all equal with ``independent=``); ``log_z`` of the unnormalized target as
-            :func:`importance` reports it, ``se`` NaN for a single island; stats ``lp`` and ``acceptance_rate`` of
+            :func:`importance` reports it, ``se`` NaN for a single island, and infinite where an early end left weights
+            worth less than 100 draws; stats ``lp`` and ``acceptance_rate`` of
             the last move. ``notes``: ``temperatures`` (a list of inverse temperatures; one for each datum),
             ``acceptance_per_temperature``, ``ess_per_temperature`` (share of the particles),
             ``moves_per_temperature``, ``distinct_starts`` (draws of the base that the particles descend from).
@@ -162,6 +163,8 @@ def _as_draws(path: Path, population: Population) -> Draws:
     # Data share the weights of a draw, but each has a log Z of its own: then all draws weigh the same.
     of_island = log_z.log_softmax(0) if not batch else log_z.new_full((islands,), -math.log(islands))
     value, se = importance_estimate(log_z) if islands > 1 else (log_z[0], torch.full_like(log_z[0], torch.nan))
+    if population.jump_ess * num * islands < _ENOUGH:  # what islands agree on then is what all of them miss
+        se = torch.full_like(se, torch.inf)
     estimate = Estimate(value.to(points.u), se.to(points.u)) if batch else Estimate(float(value), float(se))  # type: ignore[arg-type]
     return Draws(
         values=path.target.constrain(points.u.transpose(0, 1).contiguous()),
