@@ -183,3 +183,37 @@ def test_an_entry_with_holes_is_told():
 def test_ranks_are_whole_numbers(function, ranks):
     with pytest.raises(ValueError, match="ranks must be integers from 0 to num_draws = 9"):
         function(torch.tensor(ranks), 9)
+
+
+def gaussian(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def posterior(x):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+
+X = torch.ones(3) * 1j
+DATA = {
+    "snis": lambda: pyro_ebm.sample(gaussian, X, method="snis", num_samples=10),
+    "chees": lambda: pyro_ebm.sample(gaussian, X, method="chees", num_samples=10, progress=False),
+    "smc": lambda: pyro_ebm.sample(gaussian, X, method="smc", num_samples=10, progress=False),
+    "nuts": lambda: pyro_ebm.sample(gaussian, X, method="nuts", num_samples=10, progress=False),
+    "auto": lambda: pyro_ebm.sample(gaussian, X, progress=False),
+    "log_likelihood": lambda: pyro_ebm.log_likelihood(gaussian, posterior, X, num_samples=10),
+    "posterior_draws": lambda: pyro_ebm.posterior_draws(gaussian, posterior, X, num_samples=10),
+}
+
+
+@pytest.mark.parametrize("entry_point", DATA)
+def test_complex_data_are_named_by_their_site(entry_point):
+    with pytest.raises(TypeError, match="the value of site 'x' must be real numbers, got torch.complex64"):
+        DATA[entry_point]()
+
+
+def test_log_z_of_a_complex_number():
+    with pytest.raises(TypeError, match="normalize must be real numbers"):
+        tilt(gaussian, {"z": LinearEnergy(1.0)}, normalize=torch.tensor(1j))

@@ -17,6 +17,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import constraints
 
+from pyro_ebm.checks import real_numbers
 from pyro_ebm.errors import InputError
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.numerics import until_numbers_hold
@@ -102,6 +103,8 @@ def _check_values(trace: poutine.Trace) -> None:
                 f"the value of site {name!r} is a {type(site['value']).__name__}: give data as tensors or numpy "
                 f"arrays, or let the model turn them into tensors (torch.as_tensor)"
             )
+        if isinstance(site["value"], torch.Tensor) and not is_deterministic(site):
+            real_numbers(f"the value of site {name!r}", site["value"])
 
 
 class _Somewhere(Messenger):

@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten
 
 from pyro_ebm.annotations import checked
+from pyro_ebm.checks import real_numbers
 from pyro_ebm.display import number, table
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.entry import entry
@@ -23,7 +24,7 @@ from pyro_ebm.estimates import Estimate, importance_estimate
 from pyro_ebm.keywords import passes_keywords
 from pyro_ebm.modules import modules_of, name_of, register_for_svi
 from pyro_ebm.randomness import fingerprint
-from pyro_ebm.structure import ModelStructure, event_dim_of, model_structure, prototype_trace
+from pyro_ebm.structure import ModelStructure, event_dim_of, latent_masks, model_structure, prototype_trace
 from pyro_ebm.tilts.forward import forward_log_normalizer, forward_log_weights, forward_way
 from pyro_ebm.tilts.normalizer import (
     METHODS,
@@ -166,6 +167,7 @@ class TiltedModel(nn.Module):
         if found is None:
             structure = model_structure(self.base_model, args, kwargs)
             _check_sites(self._sites, structure.order)
+            _check_priors(self._sites, structure, prototype_trace(self.base_model, args, kwargs))
             if any(_needs_forward(group, structure) for group in _dependent_groups(self._sites, structure)):
                 way = forward_way(self.base_model, args, kwargs, self.energies, structure)
                 structure = dataclasses.replace(structure, way=way)
@@ -320,7 +322,7 @@ def _checked_normalize(normalize: Normalize, sites: list[str]) -> bool | Tensor 
     if isinstance(normalize, (int, float, Tensor)):
         if isinstance(normalize, int) and abs(normalize) > 2**53:
             raise ValueError(f"normalize as a number must be one log Z, got {normalize!r}")
-        constant = torch.as_tensor(normalize)
+        constant = real_numbers("normalize", torch.as_tensor(normalize))
         if constant.ndim or not bool(constant.isfinite()):
             raise ValueError(f"normalize as a number must be one finite log Z, got {normalize!r}")
         if len(sites) > 1:
@@ -346,6 +348,17 @@ def _check_sites(wanted: list[str], present: tuple[str, ...] | list[str]) -> Non
 def _kind_of(argument: Any) -> object:
     """What of an argument may decide how a model is built."""
     return (argument.shape, argument.dtype, argument.device) if isinstance(argument, Tensor) else repr(argument)
+
+
+def _check_priors(sites: list[str], structure: ModelStructure, trace: poutine.Trace) -> None:
+    """A tilt of what has no distribution has no log Z."""
+    involved = set(sites).union(*(structure.ancestors[site] for site in sites))
+    flat = [name for name, mask in latent_masks(trace).items() if name in involved and not bool(mask.any())]
+    if flat:
+        raise ValueError(
+            f"the latent site(s) {flat} have a flat prior (their density is masked): the tilt of {sites} has no log Z; "
+            f"use normalize=False, or give them a prior"
+        )
 
 
 def _needs_forward(group: list[str], structure: ModelStructure) -> bool:

@@ -12,7 +12,17 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_ebm import LogDensity, calibrate, importance, log_likelihood, posterior_draws, predictive, sample
+from pyro_ebm import (
+    LinearEnergy,
+    LogDensity,
+    calibrate,
+    importance,
+    log_likelihood,
+    posterior_draws,
+    predictive,
+    sample,
+    tilt,
+)
 from pyro_ebm.inference.annealing.ais import annealed_importance
 from pyro_ebm.inference.chains.starts import chain_starts
 from pyro_ebm.structure import outside_support
@@ -274,3 +284,14 @@ def test_calibration_needs_a_model_that_simulates(model, word):
     sampler = functools.partial(sample, method="snis", num_samples=100)
     with pytest.raises(ValueError, match=rf"site\(s\) \['mu'\].* {word}"):
         calibrate(model, Y, sampler=sampler, num_simulations=2, seed=0, progress=False)
+
+
+@pytest.mark.parametrize("site", ["mu", "y"])
+@pytest.mark.parametrize("model", [masked_distribution, masked_by_handler])
+def test_a_tilt_of_a_flat_prior_has_no_log_z(model, site):
+    tilted = tilt(model, {site: LinearEnergy(0.5)})
+    with pytest.raises(ValueError, match=r"site\(s\) \['mu'\] have a flat prior .* the tilt of \['" + site):
+        tilted.log_normalizer(Y)
+    if site == "mu" and model is masked_distribution:  # draws of the posterior do not need it
+        draws = importance(tilted, None, Y, num_samples=4000, seed=0)
+        assert abs(float(draws.mean("mu")) - 1.5 - 0.5 / 4) < 4 * 0.5 / math.sqrt(draws.notes["ess"])
