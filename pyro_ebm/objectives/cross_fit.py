@@ -119,7 +119,8 @@ def _chosen(curves: list[dict[int, Tensor]], num: int, log_z_error: float) -> Cr
     earlier = float(ahead.mean()) > float(ahead.std()) / math.sqrt(num)
     kept = gains[best if earlier else -1]
     error = math.sqrt(float(kept.var()) / num + log_z_error**2)
-    return CrossFit(Estimate(kept.mean().float(), torch.tensor(error)), looks[best] if earlier else None)
+    gain = Estimate(kept.mean().float().cpu(), torch.tensor(error, device="cpu"))
+    return CrossFit(gain, looks[best] if earlier else None)
 
 
 def _at(curve: dict[int, Tensor], look: int) -> Tensor:

@@ -93,8 +93,9 @@ def check_simulates(trace: poutine.Trace, what: str, remedy: str, *, scales: boo
 
 
 def _own_scale(site: Mapping[str, Any]) -> bool:
-    scale = torch.as_tensor(site["scale"], dtype=torch.float64) / subsampling_scale(site)
-    return not is_factor(site) and not bool(((scale - 1.0).abs() < 1e-6).all())
+    scale = site["scale"] / subsampling_scale(site)
+    one = abs(scale - 1.0) < 1e-6
+    return not is_factor(site) and not (bool(one.all()) if isinstance(one, Tensor) else one)
 
 
 def idle_masks(
