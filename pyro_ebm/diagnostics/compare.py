@@ -75,7 +75,8 @@ def compare(
     * ``divergences`` (all data together), ``acceptance`` (mean), ``gradients``, ``seconds``: as counted by
       the sampler, warm-up included in the last two; NaN where unknown.
     * ``ess_per_second``, ``ess_per_gradient``: of ``ess_bulk``.
-    * ``log_z``, ``log_z_se``: NaN where unknown, or where there is one per datum.
+    * ``log_z``, ``log_z_se``: of a tilted model without its own log Z, whatever its ``normalize``; NaN where unknown,
+      or where there is one per datum.
     * the mean of every further statistic that some of the samplers recorded (``step_size``, ``n_steps``,
       ``tree_depth``, ...), and ``temperatures``, how many an annealed sampler went through; NaN elsewhere.
     * ``worst_error_in_se``: with a reference, the largest difference of a mean or of a mean square, in

@@ -89,6 +89,22 @@ def flat_by_mask(y):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+@case(Y, answers={"z": (float(Y.mean()), 1 / math.sqrt(3))})
+def flat_by_handler(y):
+    with poutine.mask(mask=False):
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@case(Y, answers={"z": normal_mean(Y, prior_sd=2.0)})
+def scaled_prior(y):
+    with poutine.scale(scale=0.25):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
 @case(answers={"z": (0.25, math.sqrt(0.5))})
 def factor_by_hand():
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
