@@ -177,7 +177,8 @@ def fit(
         keep: which weights the modules hold afterwards. ``"best"``: those of the last epoch whose validation loss is
             no higher than the lowest by more than their difference is known. ``"last"``. ``"average"`` or an
             :class:`Average`: a moving average over the steps. None: the best where there is validation and the
-            objective is the same at each epoch, the last elsewhere.
+            objective is the same at each epoch, the last elsewhere. Where a callback changes a setting of a module or
+            the objective (a float, a flag), losses from before are no longer compared.
         patience: stop after so many epochs without a lower validation loss; None: never. ``"auto"``: 10 epochs, and as
             many as make 500 steps; never without validation.
         clip_grad_norm: largest norm of the gradient of a step.

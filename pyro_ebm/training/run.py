@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -139,6 +140,7 @@ class Run:
         self._frozen = [m for m in found if not any(p.requires_grad for p in m.parameters())]
         self._resumable: dict[str, Any] = {}
         self._fixed: dict[str, Any] = {}
+        self._settings_now: list[Any] | None = None
         # As they are before a step is taken: schedulers and objectives change their own.
         self._settings = {
             "optimizer settings": settings_of_optimizer(optimizer),
@@ -157,6 +159,7 @@ class Run:
         with self.as_kept():
             judged = Judgment(train_loss, {}, train_loss, []) if self.judge is None else self._validate(self.judge)
             require_finite([judged.loss, judged.score], ["validation loss", "monitored metric"], self._where("the end"))
+            self._forget_best_of_another_loss()
             chosen = weights_of(self.trained) if self._is_kept(judged) else None
         if self.scheduler is not None and not self.each_step:
             step: Callable[..., None] = self.scheduler.step
@@ -174,6 +177,16 @@ class Run:
             past.best_epoch, past.best_loss, past.best_parts = past.epoch, judged.score, judged.parts
         if chosen is not None:
             self.best, past.kept_epoch = chosen, past.epoch
+
+    def _forget_best_of_another_loss(self) -> None:
+        """Losses before a setting was changed, as callbacks do that let a weight grow, cannot be compared."""
+        settings = [settings_of_modules(self._found), None]
+        given = self.groups[0].loss.given
+        if not isinstance(given, FunctionType):
+            settings[1] = description(given)
+        if self._settings_now is not None and settings != self._settings_now:
+            self.progress.best_loss, self.progress.best_parts = math.inf, []
+        self._settings_now = settings
 
     def _is_kept(self, judged: Judgment) -> bool:
         """Whether these weights take the place of those kept so far: the last wins where noise decides."""
@@ -294,6 +307,7 @@ class Run:
             "objectives": [loss.state() for loss in self.objectives],
             "weight_sizes": list(self.guard.recent),
             "average": None if self.moving is None else self.moving.state(),
+            "last settings": self._settings_now,
         }
 
     def save(self, path: str | Path) -> None:
@@ -348,6 +362,7 @@ class Run:
                 torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
             if self.moving is not None:
                 self.moving.load_state(saved["average"])
+            self._settings_now = saved["last settings"]
             self.progress = Progress(**fields)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(

@@ -124,6 +124,39 @@ def test_an_objective_is_told_the_epoch_and_the_last_is_kept():
     assert run(Sum(), objective=growing, validation=0.5, keep="best").kept_epoch == 6
 
 
+@pytest.mark.parametrize("where", ["module", "objective"])
+def test_a_weight_that_a_callback_lets_grow_makes_earlier_losses_mean_nothing(where):
+    class Grown(Sum):
+        def __init__(self):
+            super().__init__()
+            self.weight = 1.0
+
+        def model(self, y):
+            with pyro.poutine.scale(scale=self.weight):
+                super().model(y)
+
+    class Weighted:
+        def __init__(self, weight=1.0):
+            self.weight = weight
+
+        def __call__(self, model, guide, y):
+            return self.weight * Trace_ELBO().differentiable_loss(model, guide, y)
+
+    module, objective = Grown(), Weighted()
+    owner = module if where == "module" else objective
+
+    def grow(state):
+        owner.weight = min(8.0, 2.0 * owner.weight)
+
+    # Only the last three epochs have one weight.
+    result = run(module, objective=objective, validation=0.5, callbacks=[grow], optimizer=small, keep="best")
+    assert result.validation_loss.index(min(result.validation_loss)) == 0
+    assert result.kept_epoch == 6 and result.best_epoch >= 4
+
+
+small = functools.partial(torch.optim.SGD, lr=0.01)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
