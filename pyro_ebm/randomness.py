@@ -13,7 +13,7 @@ import torch
 from pyro_ebm.checks import is_whole_number
 from pyro_ebm.entry import alone
 
-__all__ = ["fingerprint", "forked_rng", "one_source", "random_seed", "random_stream", "streams"]
+__all__ = ["fingerprint", "forked_rng", "numpy_seed", "one_source", "random_seed", "random_stream", "streams"]
 
 _PIECE = 2**16  # bytes
 
@@ -82,6 +82,11 @@ def one_source(seed: int | None, generator: torch.Generator | None) -> None:
         _checked(seed)
     if seed is not None and generator is not None:
         raise ValueError("seed and generator both given: one source of randomness, please")
+
+
+def numpy_seed(seed: int) -> int:
+    """A seed as numpy and scikit-learn take it: none below zero or beyond 32 bits; those between stay as they are."""
+    return seed % 2**32
 
 
 def random_seed(seed: int | None, generator: torch.Generator | None) -> int:

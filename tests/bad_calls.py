@@ -333,7 +333,7 @@ def is_bad(name: str, annotation: str, kind: str) -> bool:
         return False
     if kind in ("minus one", "zero") and "int" in words and _COUNTS.match(name) and name not in _SIGNED:
         return True
-    if kind in ("array", "nan tensor") and re.search(r"\[(str|Any)\]", str(annotation)) or (
+    if kind in ("array", "nan tensor", "list of text") and re.search(r"\[(str|Any)\]", str(annotation)) or (
         kind == "nan" and name in ("seconds", "sampling_seconds", "pareto_k")
     ):
         return False

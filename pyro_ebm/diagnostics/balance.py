@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_ebm.annotations import checked
 from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.checks import finite_numbers, real_numbers, whole_number
+from pyro_ebm.randomness import numpy_seed
 
 __all__ = [
     "ClassBalance",
@@ -71,6 +72,7 @@ class LabelClassifier:
         smallest_fit = len(targets) - math.ceil(len(targets) / folds)
         num_components = min(_MAX_COMPONENTS, features.shape[1], smallest_fit)
         # Without random_state the machine would draw from numpy's global generator.
+        seed = numpy_seed(seed)
         machine = make_pipeline(PCA(num_components, random_state=seed), SVC(C=10.0, random_state=seed))
         splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
         scores = cross_val_predict(machine, features, targets, cv=splitter, method="decision_function")
@@ -225,7 +227,7 @@ def class_balance(
     proportions = torch.stack([weights[labels == label].sum() for label in names])
     proportions = proportions / proportions.sum()
     trials = max(1, round(ess))
-    counts = np.random.default_rng(seed).multinomial(trials, proportions.numpy(), size=num_bootstrap)
+    counts = np.random.default_rng(numpy_seed(seed)).multinomial(trials, proportions.numpy(), size=num_bootstrap)
     replicates = torch.from_numpy(counts / trials)
     tail = torch.tensor([(1.0 - prob) / 2.0, (1.0 + prob) / 2.0], dtype=torch.float64, device="cpu")
     lower, upper = torch.quantile(replicates, tail, dim=0)

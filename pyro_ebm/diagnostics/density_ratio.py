@@ -13,6 +13,7 @@ from pyro_ebm.annotations import checked
 from pyro_ebm.arrays import Array, as_tensor
 from pyro_ebm.arviz_statistics import importance_ess
 from pyro_ebm.checks import finite_numbers
+from pyro_ebm.randomness import numpy_seed
 
 __all__ = ["DensityRatio", "density_ratio"]
 
@@ -112,7 +113,7 @@ def density_ratio(numerator: Array, denominator: Array, *, seed: int = 0) -> Den
     numerator, denominator = as_tensor(numerator), as_tensor(denominator)
     features = _checked_features(numerator, denominator)
     is_numerator = np.arange(len(features)) < len(numerator)
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=numpy_seed(seed))
     fits = []
     for strength in _STRENGTHS:
         machine = _machine(features, strength, seed)
@@ -135,8 +136,8 @@ def _machine(features: Any, strength: float, seed: int) -> Any:
     # Twice the total variance is the mean squared distance of two data.
     gamma = 0.5 / float(features.var(0).sum())
     return make_pipeline(
-        PCA(min(_MAX_COMPONENTS, features.shape[1], smallest_fit), random_state=seed),
-        Nystroem(gamma=gamma, n_components=min(_LANDMARKS, smallest_fit), random_state=seed),
+        PCA(min(_MAX_COMPONENTS, features.shape[1], smallest_fit), random_state=numpy_seed(seed)),
+        Nystroem(gamma=gamma, n_components=min(_LANDMARKS, smallest_fit), random_state=numpy_seed(seed)),
         LogisticRegression(C=strength, max_iter=1000),
     )
 

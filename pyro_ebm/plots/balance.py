@@ -112,6 +112,8 @@ def _target(target: Sequence[float] | torch.Tensor | None, num_classes: int) -> 
     if target is None:
         return np.full(num_classes, 1.0 / num_classes)
     wanted = _array(target).astype(float)
+    if not np.isfinite(wanted).all():
+        raise ValueError(f"target must be finite proportions, got {wanted.tolist()}")
     if wanted.shape != (num_classes,):
         raise ValueError(
             f"target must hold one proportion for each of {num_classes} classes, got shape {wanted.shape}"

@@ -81,7 +81,7 @@ def given_starts(
     """The points, after a look at their shape and at the density there."""
     expected = (num_chains, *density.batch, density.dim)
     if tuple(u.shape) != expected:
-        raise ValueError(f"initial points must have shape {expected}, one row a chain, got {tuple(u.shape)}")
+        raise ValueError(f"initial_params must be points of shape {expected}, one row a chain, got {tuple(u.shape)}")
     u = u.detach().to(density.like)
     _check_finite(density, u, "given", guide)
     return u

@@ -173,7 +173,7 @@ def test_given_values_of_the_wrong_shape(values, message):
 
 @pytest.mark.parametrize("shape", [(5, 2), (4, 3), (5, 3, 1), (3,)])
 def test_given_points_of_the_wrong_shape(shape):
-    with pytest.raises(ValueError, match=r"initial points must have shape \(5, 3\), one row a chain, got \("):
+    with pytest.raises(ValueError, match=r"initial_params must be points of shape \(5, 3\), one row a chain, got \("):
         given_starts(LogDensity.from_model(posterior, X), 5, torch.zeros(shape))
 
 

@@ -242,7 +242,7 @@ def test_initial_params_are_unconstrained_as_in_pyro():
 @pytest.mark.parametrize(
     "given, message",
     [
-        (torch.zeros(3, 3), r"initial points must have shape \(3, 2\), one row a chain, got \(3, 3\)"),
+        (torch.zeros(3, 3), r"initial_params must be points of shape \(3, 2\), one row a chain, got \(3, 3\)"),
         ({"mu": torch.zeros(3)}, r"initial_params\['s'\] must have shape \(3,\), unconstrained .*, got nothing"),
         ({"mu": torch.zeros(4), "s": torch.zeros(3)}, r"initial_params\['mu'\] must have shape \(3,\), .*got \(4,\)"),
     ],
