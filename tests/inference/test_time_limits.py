@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pyro_ebm import (
+    HMC,
     MCMC,
     SMC,
     ChEES,
@@ -108,6 +109,25 @@ def test_time_ends_it(name, clock):
     assert "limit of time" in told or "max_seconds" in told
     values = found.values.values() if hasattr(found, "values") else (found.value,)
     assert all(value.numel() and bool(value.isfinite().all()) for value in values)
+
+
+ENDLESS = {
+    "pyro_hmc": lambda s: pyro_hmc(prior, trajectory_length=9e5, init="uniform", max_seconds=s, **MANY),
+    "MCMC of Pyro's": lambda s: MCMC(
+        pyro.infer.HMC(prior, step_size=0.1, trajectory_length=9e5), 10, 0, max_seconds=s, progress=False
+    ).run(),
+    "MCMC": lambda s: MCMC(
+        HMC(prior, step_size=0.1, trajectory_length=9e5, max_steps=10**9), 10, 0, max_seconds=s, progress=False
+    ).run(),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_time_ends_a_single_step(name, clock):
+    """The clock is read at each gradient, not between steps that may never end."""
+    with pytest.raises(InferenceError, match="max_seconds=100 was spent .*and there are no draws yet"):
+        ENDLESS[name](100)
+    assert 100 <= clock.seconds <= 120
 
 
 @pytest.mark.parametrize("name", CALLS)
