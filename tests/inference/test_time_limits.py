@@ -127,7 +127,7 @@ def test_time_ends_a_single_step(name, clock):
     """The clock is read at each gradient, not between steps that may never end."""
     with pytest.raises(InferenceError, match="max_seconds=100 was spent .*and there are no draws yet"):
         ENDLESS[name](100)
-    assert 100 <= clock.seconds <= 120
+    assert 80 <= clock.seconds <= 120  # chains in turn have equal shares
 
 
 @pytest.mark.parametrize("name", CALLS)
