@@ -67,7 +67,8 @@ class Learned(nn.Module):
             pyro.sample("z", self.normal(x))
 
 
-KINDS = ["mixture", "diagonal mixture", "VampPrior", "affine flow", "spline flow"]
+KINDS = ["mixture", "diagonal mixture", "VampPrior", "affine flow"]
+KINDS += [pytest.param("spline flow", marks=pytest.mark.slow)]
 
 
 def made(kind):
@@ -119,7 +120,7 @@ def test_entry_points_take_them(kind):
     assert predictive(tilted, x, num_samples=5, seed=0)["z"].shape == (5, 20, 2)
 
 
-@pytest.mark.parametrize("method", ["smc", "chees"])
+@pytest.mark.parametrize("method", ["smc", pytest.param("chees", marks=pytest.mark.slow)])
 def test_a_mixture_is_sampled(method):
     """Two normals at -1.5 and 2, seen through y ~ N(z, 1) at 0.5: a mixture again."""
     loc, y = torch.tensor([-1.5, 2.0]), torch.tensor(0.5)

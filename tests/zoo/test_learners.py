@@ -32,7 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Found vars in model but not guide"),
     pytest.mark.uses_param_store,
 ]
-QUICK = ("convolutional", "mixture", "params")
+QUICK = ("convolutional", "params")
+BY_CHAINS = ("mixture", "deep Markov", "regression", "params")
 ALL = pytest.mark.parametrize("learner", LEARNERS, ids=str)
 MOST_SLOW = pytest.mark.parametrize(
     "learner", [pytest.param(each, marks=[] if each.name in QUICK else pytest.mark.slow) for each in LEARNERS], ids=str
@@ -171,8 +172,10 @@ def test_fit_tilt(learner):
 
 
 @pytest.mark.slow
-@ALL
-@pytest.mark.parametrize("method", ["chees", "smc"])
+@pytest.mark.parametrize("learner, method", [
+    pytest.param(each, method, id=f"{each}-{method}")
+    for each in LEARNERS for method in ("smc", "chees") if method == "smc" or each.name in BY_CHAINS
+])  # fmt: skip
 def test_sample(learner, method):
     """The posterior of two data, against importance sampling from the prior."""
     pair, data = made(learner), learner.data()

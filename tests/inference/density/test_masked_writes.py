@@ -70,8 +70,11 @@ SERVED = {
 }
 
 
+SLOW = ("autoregressive", "elementwise")  # to record
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.5])  # none outside, and some
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in SERVED])
 def test_captured_wherever_it_was_recorded(name, scale):
     function = SERVED[name]()
     graph = captured(function, scale * torch.randn(5, 3))
@@ -91,6 +94,7 @@ def test_shapes_that_depend_on_values_stay_eager(log_prob):
     torch.testing.assert_close(graph(u), function(u))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_ebm.InferenceWarning")  # so few steps
 def test_a_prior_that_is_a_spline_flow_is_sampled_by_its_graph():
     torch.manual_seed(2)
