@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pyro_ebm.chain_statistics import r_hat
 from pyro_ebm.deadline import STOPS, OutOfTime, stopped_by, time_left, time_limit
 from pyro_ebm.devices import synchronize
+from pyro_ebm.inference.chains.descent import descended
 from pyro_ebm.inference.density.capture import captured
 from pyro_ebm.inference.density.gradients import check_gradients
 from pyro_ebm.inference.density.log_density import LogDensity
@@ -148,6 +149,9 @@ class Chains:
             self.warmup_cut = self.state.iteration
 
     def _adapt(self, num_steps: int, *, keep: bool) -> None:
+        if num_steps and self.kernel.adapt_mass_matrix:
+            self.state, gradients = descended(self.density, self.state, self._value_and_grad, self.generator)
+            self.num_gradients += gradients
         if self.kernel.adapt_step_size and self.kernel.given_step_size is None:
             step_size, tries = find_step_size(self.kernel, self.state, self._value_and_grad, self.generator)
             self.num_gradients += tries * len(self.state.u)

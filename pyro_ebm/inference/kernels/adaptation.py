@@ -21,14 +21,16 @@ _STEP_SIZES = (1e-8, 1e8)  # beyond them nothing moves, or nothing is accepted: 
 _TIME_TO_SETTLE = 10  # steps; dual averaging begins with steps ten times too large
 _PATIENCE, _STUCK = 20, 1e-3  # steps, and mean acceptance below which a chain is stuck
 _OTHER_SCALES = 4.0  # ratio of variances from which a length learned before is no guide
+_EARLY_STEPS = 64  # of a trajectory before the first scales are learned: longer ones cost most and teach least
 _ENOUGH_CHAINS = 16  # for the spread of the starting points to say something about scales
 
 
 class Adaptation:
     """Learns the tuning of a kernel during warm-up, one step at a time.
 
-    Step sizes by dual averaging; scales from the variance over chains and steps, in
-    windows that double; the trajectory length of :class:`ChEES` by stochastic gradient ascent.
+    Step sizes by dual averaging; scales from the variance over chains and steps (of many chains: over chains, step by
+    step, so that their way from far starts does not count), in windows that double; the trajectory length of
+    :class:`ChEES` by stochastic gradient ascent.
 
     Args:
         kernel: what is adapted.
@@ -43,15 +45,21 @@ class Adaptation:
         self._num_steps = warmup_steps
         self._windows = _windows(warmup_steps)
         self._dense = dense
+        self._within = len(state.u) >= _ENOUGH_CHAINS
         self._spread = self._new_spread()
         self._count = 0
+        self._length = state.tuning.trajectory_length
+        # While scales are those of the starts.
+        self._early = min(self._windows[1], default=0) if kernel.adapt_mass_matrix and kernel.adapt_step_size else 0
         self._restart()
         self._trajectory = None
         if isinstance(kernel, ChEES) and kernel.adapt_trajectory:
             self._trajectory = _TrajectoryLength(kernel, state.tuning)
 
     def _new_spread(self) -> RunningVariance:
-        return RunningVariance() if self._dense is None else RunningCovariance(self._dense)
+        if self._dense is None:
+            return RunningVariance(within=self._within)
+        return RunningCovariance(self._dense, within=self._within)
 
     def _restart(self) -> None:
         """Dual averaging anew: other scales need another step size."""
@@ -61,13 +69,16 @@ class Adaptation:
     def update(self, before: State, info: Info) -> Tuning:
         """The tuning of the next step, from the state before the last one and what that one reported."""
         self._count += 1
-        step_size, length = self.tuning.step_size, self.tuning.trajectory_length
+        step_size, length = self.tuning.step_size, self._length
         if self.kernel.adapt_step_size:
             acceptance = self.kernel.average_acceptance(info.acceptance_rate)
             self._averaging.step(self.kernel.target_accept_prob - acceptance)
             step_size = self._averaging.get_state()[0].exp().clamp(*_STEP_SIZES)
-        if self._trajectory is not None:
-            length = self._trajectory.update(before, info)
+        # A trajectory that was cut short says nothing about the length it was cut from.
+        if self._trajectory is not None and float(self.tuning.trajectory_length) >= float(length):
+            self._length = length = self._trajectory.update(before, info)
+        if self._count < self._early:
+            length = torch.minimum(length, _EARLY_STEPS * step_size.median())
         self.tuning = self.tuning._replace(step_size=step_size, trajectory_length=length)
         if self.kernel.adapt_mass_matrix:
             self._learn_scales(before)
@@ -79,10 +90,9 @@ class Adaptation:
             self._spread.add(state.u)
         if self._count - 1 in ends and self._spread.count > 1:
             before, self.tuning = self.tuning, self._spread.tuned(self.tuning)
-            length = self.tuning.trajectory_length
             if self._trajectory is not None:
-                length = self._trajectory.rescale(before.inverse_mass, self.tuning.inverse_mass)
-            self.tuning = self.tuning._replace(step_size=self._smoothed_step_size(), trajectory_length=length)
+                self._length = self._trajectory.rescale(before.inverse_mass, self.tuning.inverse_mass)
+            self.tuning = self.tuning._replace(step_size=self._smoothed_step_size(), trajectory_length=self._length)
             self._spread = self._new_spread()
             if self._num_steps - self._count >= _TIME_TO_SETTLE:
                 self._restart()
@@ -94,7 +104,7 @@ class Adaptation:
 
     def finish(self) -> Tuning:
         """The tuning for the draws: averages over the end of the warm-up."""
-        length = self.tuning.trajectory_length if self._trajectory is None else self._trajectory.average()
+        length = self._length if self._trajectory is None else self._trajectory.average()
         return self.tuning._replace(step_size=self._smoothed_step_size(), trajectory_length=length)
 
 
@@ -223,6 +233,7 @@ def initial_tuning(kernel: Kernel, u: Tensor) -> Tuning:
     if kernel.adapt_mass_matrix and len(u) >= _ENOUGH_CHAINS:
         spread = RunningVariance()
         spread.add(u)
+        # Smaller ones may be of points that happen to be near each other.
         inverse_mass = torch.where(spread.regularized() > 1e-3, spread.regularized(), inverse_mass)
     first = kernel.initial_step_size(u.shape[-1]) if kernel.given_step_size is None else kernel.given_step_size
     step_size = u.new_full(u.shape[1:-1], first)
