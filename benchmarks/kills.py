@@ -61,7 +61,7 @@ def studied(folder: Path) -> None:
 def left(folder: Path) -> dict[str, str]:
     """A digest of each file of results, but for what tells times."""
     found = {}
-    for path in sorted(folder.glob("*")):
+    for path in sorted(folder.glob("[!.]*")):  # debris is counted, not compared
         if path.suffix == ".pt" and path.name != "run.pt":
             content = path.read_bytes()
         elif path.name == "summary.json":

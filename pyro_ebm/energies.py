@@ -34,6 +34,20 @@ class Energy(nn.Module):
     temperature ``beta``. Subclasses write ``forward(value)`` and need nothing else.
     """
 
+    def __call__(self, value: Tensor) -> Tensor:
+        """``forward``; of two precisions that do not meet, an error says which."""
+        try:
+            return super().__call__(value)
+        except RuntimeError as error:
+            other = [p.dtype for p in self.parameters() if p.is_floating_point() and p.dtype != value.dtype]
+            if not other and "dtype" not in str(error) and "scalar type" not in str(error):
+                raise
+            own, theirs = (str(d).removeprefix("torch.") for d in ([*other, "another precision"][0], value.dtype))
+            raise TypeError(
+                f"the energy {type(self).__name__} computes in {own}, and the values of its site are {theirs}: make "
+                f"them alike, with energy.to(dtype) or in the model ({str(error).splitlines()[0]})"
+            ) from error
+
     def forward(self, value: Tensor) -> Tensor:
         """Energy of each batch element.
 

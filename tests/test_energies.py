@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,9 @@ from pyro_ebm import (
     TiltELBO,
     fit,
     load_weights,
+    log_normalizer,
+    predictive,
+    sample,
     save_weights,
     tilt,
 )
@@ -431,3 +436,32 @@ def test_without_spectral_norms_nothing_changes():
     names = list(MLPEnergy(3, hidden=(8,)).state_dict())
     assert names == ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
     assert not list(MLPEnergy(3).buffers())
+
+
+PRECISIONS = {
+    "log_normalizer": lambda model, base, energy: log_normalizer(base, energy, num_samples=50),
+    "distribution": lambda model, base, energy: TiltedDistribution(base, energy).sample((3,)),
+    "snis": lambda model, base, energy: sample(tilt(model, {"z": energy}), method="snis", num_samples=50),
+    "chees": lambda model, base, energy: sample(tilt(model, {"z": energy}), method="chees", progress=False),
+    "smc": lambda model, base, energy: sample(tilt(model, {"z": energy}), method="smc", progress=False),
+    "predictive": lambda model, base, energy: predictive(tilt(model, {"z": energy}), num_samples=5),
+}
+
+
+@pytest.mark.parametrize("call", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("kind", ["network", "function", "convolution"])
+def test_an_energy_of_another_precision_is_named(call, kind):
+    shape = (1, 4, 4) if kind == "convolution" else (2,)
+    base = dist.Normal(torch.zeros(shape, dtype=torch.float64), 1.0).to_event(len(shape))
+    matrix = torch.ones(2, 2)
+    energy = {
+        "network": MLPEnergy((2,), hidden=(3,)),
+        "function": lambda z: (z @ matrix).sum(-1),
+        "convolution": ConvEnergy((1, 4, 4), channels=(2, 2)),
+    }[kind]
+
+    def model():
+        pyro.sample("z", base)
+
+    with pytest.raises(TypeError, match=r"the energy \w+ computes in .* and the values of its site are float64"):
+        call(model, base, energy)
