@@ -145,7 +145,10 @@ def same(name, found):
     return found.shape == expected.shape and (name in UNSEEDED or torch.equal(found, expected))
 
 
-@pytest.mark.parametrize("name", CALLS)
+LONG = {"annealed_importance", "fit_tilt", "log_normalizer by bridge", "pyro_hmc", "MCMC"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in CALLS])
 def test_two_threads_at_once(name):
     """Two calls in threads, started together: each gives what it gives alone, and validation is as it was."""
     answer(name)

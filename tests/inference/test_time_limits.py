@@ -165,7 +165,7 @@ def test_limits_within_limits(clock):
     assert time_left() == float("inf")
 
 
-@pytest.mark.parametrize("method", ["smc", "bridge", "ais"])
+@pytest.mark.parametrize("method", ["smc", *(pytest.param(each, marks=pytest.mark.slow) for each in ("bridge", "ais"))])
 @pytest.mark.parametrize("energy", [QuadraticEnergy(-2.0), lambda z: -(z**4).sum(-1)], ids=["quadratic", "quartic"])
 def test_a_tilt_without_a_log_z_is_named(energy, method):
     """No limit of time is needed: particles that run away, or get nowhere, end it."""
