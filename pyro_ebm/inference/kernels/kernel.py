@@ -148,8 +148,8 @@ class Kernel(ABC):
             raise TypeError(
                 f"model must be a Pyro model, a distribution or a LogDensity, got {type(self.target).__name__}"
             )
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, got {self.step_size}")
+        if self.step_size is not None and not 0 < self.step_size < float("inf"):
+            raise ValueError(f"step_size must be positive and finite, got {self.step_size}")
         if not 0 < self.target_accept_prob < 1:
             raise ValueError(f"target_accept_prob must lie between 0 and 1, got {self.target_accept_prob}")
         if self.vectorize not in VECTORIZE:

@@ -218,7 +218,7 @@ def test_unadjusted_steps_are_taken_without_a_metropolis_test():
 @pytest.mark.parametrize(
     "kernel, options, message",
     [
-        (HMC, {"step_size": 0.0}, "step_size must be positive, got 0.0"),
+        (HMC, {"step_size": 0.0}, "step_size must be positive and finite, got 0.0"),
         (HMC, {"target_accept_prob": 1.0}, "target_accept_prob must be a number between 0 and 1, both excluded"),
         (HMC, {"trajectory_length": -1.0}, "trajectory_length must be a number between 0 and"),
         (HMC, {"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
