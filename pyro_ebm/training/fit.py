@@ -26,15 +26,15 @@ from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import tilt_of
 from pyro_ebm.training.callbacks import Callback, checked_callbacks, tell
 from pyro_ebm.training.checkpoints import Checkpoint, load_weights, save_weights
+from pyro_ebm.training.first_look import first_look
 from pyro_ebm.training.groups import modules_to_train, objectives_of, only_training, with_losses
 from pyro_ebm.training.guard import TrainingStopped
-from pyro_ebm.training.minibatch import Survey, num_data_of, survey
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.run import Run
 from pyro_ebm.training.selection import Average, keep_of
-from pyro_ebm.training.sources import Source, Weighted, is_weighted, source_of, split_of, validation_of
+from pyro_ebm.training.sources import Source, Weighted, source_of, split_of, validation_of
 from pyro_ebm.training.steps import Batches, EachStep, make_scheduler
-from pyro_ebm.training.validation import Judge, Validation
+from pyro_ebm.training.validation import Judge, Validation, judged_size
 
 __all__ = [
     "Average",
@@ -225,7 +225,10 @@ def fit(
     with forked_rng(seed), warnings.catch_warnings(), own_parameters(model, guide):
         # The loop finds these itself and says more about them.
         warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
-        surveyed = _survey(losses, train_on, judge_on, cut.size, found, seed)
+        surveyed = first_look(
+            losses, source, train_on, judge_on, batch_size=cut.size, found=found, seed=seed,
+            judged_size=0 if wanted is None or judge_on is None else judged_size(wanted, judge_on, cut.size),
+        )  # fmt: skip
         groups = modules_to_train(train, found, surveyed.params)
         with only_training([m for group in groups for m in group], found) as parameters:
             made = _make_optimizer(optimizer, parameters)
@@ -310,37 +313,6 @@ def _bar_name(model: Callable[..., Any]) -> str:
         return "tilt"
     name = name_of(model)
     return name.rpartition(".")[0].lower() or name.strip("<>")
-
-
-def _survey(
-    losses: Sequence[Objective], train_on: Source, judge_on: Source | None, batch_size: int, found: list[nn.Module],
-    seed: int,
-) -> Survey:  # fmt: skip
-    """See what the losses do with a minibatch; what makes its parameters when first called, as autoguides, does."""
-    num, batch, weighted = train_on.num_data(), train_on.first(batch_size), is_weighted(train_on)
-    whole = judge_on is None and num == num_data_of(batch)
-    batch = batch[:-1] if weighted else batch
-    surveys = []
-    for loss in {id(loss): loss for loss in losses}.values():
-        state = loss.state()
-        surveys.append(survey(loss.visit, batch, found, num_data=num, whole=whole, weighted=weighted, seed=seed))
-        loss.load_state(state)
-    first = surveys[0]
-    first.params = list(dict.fromkeys(name for each in surveys for name in each.params))
-    if first.unshared:
-        warn_user(
-            f"the sites {first.unshared} belong to all data, but nobody knows how many data a stream has: they count "
-            "in full with each of its minibatches; give the model's plate its size, pyro.plate(name, size, "
-            "subsample_size=len(x))",
-            TrainingWarning,
-        )
-    if first.plate is not None and num is not None and first.shares.full_size != num:
-        warn_user(
-            f"plate {first.plate!r} of the model has {first.shares.full_size} data, training has {num} (validation= "
-            "holds some apart): what is learned is as sure as all of the plate's data would make it",
-            TrainingWarning,
-        )
-    return first
 
 
 def _make_optimizer(make: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

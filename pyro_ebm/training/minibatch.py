@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
 
-__all__ = ["Shares", "Survey", "num_data_of", "survey"]
+__all__ = ["Parts", "Shares", "Survey", "num_data_of", "survey"]
 
 Run = Callable[..., object]
 _NUMBER = re.compile(r"\d+")
@@ -96,16 +96,36 @@ class Survey:
         params: names of the ``pyro.param`` statements that it met, those of PyroModules and ``pyro.module`` included.
         unshared: sites that belong to all data, where nobody knows how many these are.
         plate: the plate that scales the minibatch up.
+        inside: sites that change with the minibatch.
+        last_row: sites that a minibatch without its last datum has not.
     """
 
     shares: Shares = field(default_factory=Shares)
     params: list[str] = field(default_factory=list)
     unshared: list[str] = field(default_factory=list)
     plate: str | None = None
+    inside: frozenset[str] = frozenset()
+    last_row: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a loss will be given: a minibatch, those of other sizes, and what they are parts of."""
+
+    batch: tuple[Tensor, ...]
+    others: tuple[tuple[Tensor, ...], ...] = ()
+    everything: Callable[[], tuple[Tensor, ...]] = tuple
+
+    def without_weights(self, weighted: bool) -> Parts:
+        """Without the last tensor, where that has the weights."""
+        if not weighted:
+            return self
+        everything = self.everything
+        return Parts(self.batch[:-1], tuple(other[:-1] for other in self.others), lambda: everything()[:-1])
 
 
 def survey(
-    run: Run, batch: tuple[Tensor, ...], found: Sequence[nn.Module], *,
+    run: Run, parts: Parts, found: Sequence[nn.Module], *,
     num_data: int | None, whole: bool, weighted: bool = False, seed: int = 0,
 ) -> Survey:  # fmt: skip
     """Look at a loss: which sites it visits, and which of them belong to all data.
@@ -115,7 +135,7 @@ def survey(
 
     Args:
         run: takes a minibatch.
-        batch: one.
+        parts: one, and what else will come.
         found: the modules behind it, for their mode.
         num_data: how many data there are in all; None: nobody knows.
         whole: whether no other minibatch is ever taken than the whole data.
@@ -124,11 +144,13 @@ def survey(
 
     Raises:
         ValueError: a plate of the model takes a subsample that is none of the minibatch's; weights of data that no
-            plate tells apart.
+            plate tells apart; what has the size of all data, or of one minibatch.
     """
+    batch = parts.batch
     first, error = _look(run, batch, found, seed)
     if error is not None:
         _refuse_subsample(first, batch, error)
+        _refuse_whole_size(run, parts, found, seed, first, error)
         if any(isinstance(module, PyroModule) for module in found):
             raise error  # what makes its parameters at its first call is left half made
         run = torch.enable_grad()(run)  # some losses are made of gradients
@@ -143,7 +165,7 @@ def survey(
     if error is not None:
         _refuse_subsample(fewer, batch, error)
         inside = {name for name, seen in first.sites.items() if any(num in shape for shape in seen)}
-        fewer = _Look()
+        fewer, last = _Look(), frozenset[str]()
         scaled = {plate: full for plate, (size, full) in first.enlarged.items() if size == num}
         outside = [name for name in first.sites if name not in inside]
     else:
@@ -153,7 +175,8 @@ def survey(
         if all(torch.equal(part[1:], part[:-1]) for part in batch):  # other rows are no other data
             inside |= {name for name, density in fewer.densities.items() if density != first.densities.get(name)}
         # z_0, z_1, ...: where the last of them goes with a datum, all are of single data.
-        numbered = {_NUMBER.sub("#", name) for name in first.sites.keys() - fewer.sites.keys()}
+        last = frozenset(first.sites.keys() - fewer.sites.keys())
+        numbered = {_NUMBER.sub("#", name) for name in last}
         inside |= {name for name in first.sites if _NUMBER.sub("#", name) in numbered}
         scaled = {plate: full for plate, (size, full) in fewer.enlarged.items() if size == num - 1}
         # A share that follows the minibatch was given by hand.
@@ -163,16 +186,20 @@ def survey(
     plates -= {plate for stack in fewer.plates.values() for plate, size in stack if size == num}
     if not scaled:
         _refuse_autoguides(found, inside - set(first.densities), num)
+    if error is not None:
+        _refuse_one_size(run, parts, found, seed, first)
     if weighted:
         _require_plates(first, inside, plates)
     if scaled:
         plate, full = next(iter(scaled.items()))
-        return Survey(Shares(full_size=full, plates=plates, weighted=weighted), params, plate=plate)
+        shares = Shares(full_size=full, plates=plates, weighted=weighted)
+        return Survey(shares, params, plate=plate, inside=frozenset(inside), last_row=last)
     if num_data is not None and num < num_data:  # so is one that is a minibatch's
         outside = [n for n in outside if not math.isclose(first.scales[n], num / num_data, rel_tol=0.02)]
     outside = outside if inside else []
     shares = Shares(frozenset(outside), num_data, None, plates, weighted)
-    return Survey(shares, params, outside if num_data is None else [])
+    unshared = outside if num_data is None else []
+    return Survey(shares, params, unshared, inside=frozenset(inside), last_row=last)
 
 
 def _require_plates(seen: _Look, inside: set[str], plates: frozenset[str]) -> None:
@@ -261,4 +288,34 @@ def _refuse_subsample(seen: _Look, batch: tuple[Tensor, ...], error: Exception) 
         f"{num_data_of(batch)} data ({said}); either give it the minibatch, "
         f"pyro.plate({name!r}, {size}, subsample_size=len(x)), or leave all subsampling to it: "
         f"batch_size={size}, validation=None"
+    ) from error
+
+
+def _refuse_whole_size(
+    run: Run, parts: Parts, found: Sequence[nn.Module], seed: int, failed: _Look, error: Exception
+) -> None:
+    """Refuse where what fails with a minibatch runs with all the data."""
+    num, everything = num_data_of(parts.batch), parts.everything()
+    if num_data_of(everything) <= num or _look(run, everything, found, seed)[1] is not None:
+        return
+    _refuse_size(failed, num_data_of(everything), num, error)
+
+
+def _refuse_one_size(run: Run, parts: Parts, found: Sequence[nn.Module], seed: int, first: _Look) -> None:
+    """Refuse where what runs with a minibatch fails with others that will come."""
+    for other in parts.others:
+        _, error = _look(run, other, found, seed)
+        if error is not None:
+            _refuse_size(first, num_data_of(parts.batch), num_data_of(other), error)
+
+
+def _refuse_size(seen: _Look, fits: int, fails: int, error: Exception) -> None:
+    sites = sorted(name for name, shapes in seen.sites.items() if any(fits in shape for shape in shapes))
+    where = f"at site(s) {sites} " if sites else ""
+    said = f"{type(error).__name__}: {error}".partition("\n")[0]
+    raise ValueError(
+        f"model and guide run with {fits} data but not with {fails}, as minibatches or validation have them ({said}): "
+        f"something {where}has the size of {fits} data; give all data in one batch, batch_size=len(x), "
+        f"validation=None, or make it follow the rows that are given: pyro.plate('data', len(x)), and in the guide "
+        f"what reads x"
     ) from error

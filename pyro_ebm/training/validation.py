@@ -18,7 +18,7 @@ from pyro_ebm.training.minibatch import Shares, num_data_of
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.sources import Source
 
-__all__ = ["Judge", "Judgment", "Metric", "Validation"]
+__all__ = ["Judge", "Judgment", "Metric", "Validation", "judged_size"]
 
 Metric = Callable[..., Any]
 _LOG_Z_DRAWS = 1024  # at least, of each log Z
@@ -95,6 +95,14 @@ class Judgment:
     parts: list[float]
 
 
+def judged_size(wanted: Validation, source: Source, batch_size: int) -> int:
+    """How many data to validate on at a time."""
+    num = source.num_data()
+    pieces = 0 if num is None else num // wanted.num_draws
+    # Two data at least: a batch of one is a special case to many a model.
+    return min(batch_size, pieces) if pieces >= 2 else batch_size
+
+
 class Judge:
     """Takes the validation loss and metrics of the weights of the moment.
 
@@ -114,10 +122,7 @@ class Judge:
     ) -> None:  # fmt: skip
         self.wanted, self.source, self.loss, self.shares = wanted, source, loss, shares
         self.seed, self.device = seed, device
-        num = source.num_data()
-        # Two data at least: a batch of one is a special case to many a model.
-        pieces = 0 if num is None else num // wanted.num_draws
-        self.size = min(batch_size, pieces) if pieces >= 2 else batch_size
+        num, self.size = source.num_data(), judged_size(wanted, source, batch_size)
         self.repeats = math.ceil(wanted.num_draws / source.num_batches(self.size))
         self.nats = num if loss.in_nats and wanted.monitor == "loss" else None
 
