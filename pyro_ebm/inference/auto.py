@@ -23,6 +23,7 @@ from pyro_ebm.inference.chains.pyro_kernels import pyro_nuts
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.kernels.hmc import ChEES
+from pyro_ebm.inference.resampling import effective
 from pyro_ebm.inference.until import Target, importance_until, judged, reported, run_until
 from pyro_ebm.randomness import fingerprint, random_seed
 from pyro_ebm.structure import DoesNotBroadcast, check_data, check_no_subsampling, prototype_trace, untilted
@@ -33,6 +34,7 @@ __all__ = ["auto"]
 _MAX_K = 0.5
 _WARMUP = 200
 _PARTICLES, _ISLANDS = 512, 4
+_MORE = 8  # times the particles, where they are the answer
 _EVALUATIONS = 300  # of all particles, what an ordinary run of SMC costs
 _CHAINS = 64
 # With many independent targets fewer chains each: the work is theirs in all.
@@ -61,7 +63,8 @@ def auto(
     ``notes["auto"]`` lists what was tried and why it was kept or not. A model that neither an outer plate nor vmap
     serves goes to Pyro's NUTS, with a warning. Importance sampling may take a quarter of the time allowed, SMC about
     half of what is left, the warm-up of chains two thirds of the rest. A method that fails is noted, and the next one
-    tried; what is wrong with the model, its guide or its data (:class:`InputError`) is raised at once.
+    tried; what is wrong with the model, its guide or its data (:class:`InputError`) is raised at once. Where chains
+    stay apart however long they run, as in several modes, SMC's weighted particles are returned.
     """
     trace = prototype_trace(untilted(model), args, kwargs)
     check_no_subsampling(trace)
@@ -150,6 +153,24 @@ class _Call:
             return self.judged_weights(weighted, f"chains: not possible ({error})")
         return self.batched(density, num_chains, compile=compile, one_by_one=independent is None)
 
+    def particles(self, density: LogDensity, draws: Draws, *, compile: bool) -> Draws:
+        """SMC's, more where there is time, as chains that start at them stay where they are."""
+        options: dict[str, Any] = {"seed": self.seed, "progress": self.progress, "compile": compile}
+        seconds, found = time_left() / 2, draws
+        more = _affordable(density, _MORE * draws.num_draws, min(seconds, 1e9))
+        if more > draws.num_draws:
+            try:
+                found, doubts = _annealed(density, self.guide, more, seconds, **options)
+                found = draws if doubts else found
+            except Exception as error:  # the first ones are there
+                self.steps.append(f"smc: more particles: failed ({_in_short(error)})")
+        ess = float(effective(found.log_weights.flatten()))  # type: ignore[union-attr]  # SMC's are weighted
+        self.steps.append(
+            f"chains that stay apart do not know the shares of modes: smc's particles, {_ISLANDS} islands of "
+            f"{found.num_draws}{_log_z_text(found)}, do"
+        )
+        return replace(found, notes={**found.notes, "ess": ess, "stopped": "apart", "target_ess": self.target.ess})
+
     def judged_weights(self, draws: Draws, reason: str) -> Draws:
         """Weighted draws where no other method gave any, with what is wrong with them."""
         self.steps.append(f"{reason}; the weighted draws are all there is")
@@ -187,6 +208,7 @@ class _Call:
         if smc.interrupted is not None:
             warn_user("smc: interrupted; its particles, weighted to the target in one step, are returned")
             return self.told(smc.interrupted)
+        fallback = smc.draws if one_by_one else None  # R-hat of many data is that of the worst
         try:
             mcmc = MCMC(
                 ChEES(density),
@@ -198,9 +220,13 @@ class _Call:
                 seed=self.seed,
                 compile=compile,
                 progress=self.progress,
-                strict=self.strict,
+                strict=self.strict and fallback is None,
             )
-            draws = run_until(mcmc, self.target, (), {}, began=self.began)
+            target = replace(self.target, give_up=fallback is not None)
+            with warnings.catch_warnings(record=fallback is not None) as caught:
+                if fallback is not None:
+                    warnings.simplefilter("always", InferenceWarning)  # told below, unless the particles are better
+                draws = run_until(mcmc, target, (), {}, began=self.began)
         except (InferenceError, ValueError, TypeError, Warning) as error:  # about the model, or asked for as errors
             error.add_note(f"auto: {'; '.join(self.steps)}")
             raise
@@ -209,9 +235,17 @@ class _Call:
                 raise
             return self.one_by_one(f"chees: failed ({_in_short(error)})", num_chains)
         self.steps.append(_chains_text(draws))
+        if draws.notes["stopped"] == "apart" and fallback is not None:
+            spent = draws.num_gradients or 0
+            draws = self.particles(density, fallback, compile=compile)
+            draws = replace(draws, num_gradients=(draws.num_gradients or 0) + spent)
+        else:
+            for each in caught or ():
+                told = issubclass(each.category, InferenceWarning)
+                report(str(each.message), strict=self.strict) if told else warn_user(str(each.message), each.category)
         return replace(
             self.told(draws),
-            log_z=smc.log_z,
+            log_z=smc.log_z if draws.log_z is None else draws.log_z,
             num_gradients=(draws.num_gradients or 0) + smc.num_gradients,
             seconds=time.perf_counter() - self.began,
         )
@@ -232,13 +266,14 @@ def _chains_text(draws: Draws) -> str:
 
 
 class _Smc(NamedTuple):
-    """Starting points for the chains; None where SMC failed or was left out; its own draws after Ctrl-C."""
+    """Starting points for the chains; None where SMC failed or was left out; its draws where it had no doubts."""
 
     points: Tensor | None = None
     log_z: Estimate | None = None
     num_gradients: int = 0
     interrupted: Draws | None = None
     improper: bool = False
+    draws: Draws | None = None
 
 
 def _smc(
@@ -251,32 +286,24 @@ def _smc(
     if particles < least:
         steps.append(f"smc: not tried (about {seconds:.0f} s would not do for {_ISLANDS} islands of {least} particles)")
         return _Smc()
-    smc = SMC(
-        density, particles_per_island=particles, num_islands=_ISLANDS, seed=seed, progress=progress,
-        annealing=Annealing(guide=guide, compile=compile),
-    )  # fmt: skip
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", InferenceWarning)  # told in the steps, judged by the chains that start there
-        try:
-            with limited(seconds):
-                draws = smc.run()
-        except InputError:
-            raise
-        except ImproperError as error:
-            steps.append(f"smc: failed ({error})")
-            return _Smc(improper=True)
-        except Exception as error:  # chains start elsewhere then
-            steps.append(f"smc: failed ({error if isinstance(error, InferenceError) else _in_short(error)})")
-            return _Smc()
+    try:
+        draws, doubts = _annealed(density, guide, particles, seconds, seed=seed, progress=progress, compile=compile)
+    except InputError:
+        raise
+    except ImproperError as error:
+        steps.append(f"smc: failed ({error})")
+        return _Smc(improper=True)
+    except Exception as error:  # chains start elsewhere then
+        steps.append(f"smc: failed ({error if isinstance(error, InferenceError) else _in_short(error)})")
+        return _Smc()
     if draws.notes["interrupted"]:
         steps.append("smc: interrupted")
         return _Smc(interrupted=draws)
     if draws.notes.get("jump_ess", 1.0) * particles * _ISLANDS < num_chains:
-        steps.append(f"smc: no time left ({caught[-1].message})")
+        steps.append(f"smc: no time left ({doubts[-1]})")
         return _Smc(num_gradients=draws.num_gradients or 0)
     ladder = len(draws.notes["acceptance_per_temperature"])
     found = f"smc: {_ISLANDS} islands of {particles} particles, {ladder} temperatures{_log_z_text(draws)}"
-    doubts = [str(each.message).removeprefix("smc: ") for each in caught if each.category is InferenceWarning]
     steps.append("; but ".join([found, *doubts]))
     weights = draws.weights
     generator = torch.Generator(weights.device).manual_seed(fingerprint((), "starts", seed))
@@ -286,7 +313,22 @@ def _smc(
     if not bool(density(points).isfinite().all()):  # there and back, numbers near the edge of a support are rounded
         steps.append("smc: its particles lie at the edge of the support, where no chain can start")
         return _Smc(None, draws.log_z, draws.num_gradients or 0)
-    return _Smc(points, draws.log_z, draws.num_gradients or 0)
+    return _Smc(points, draws.log_z, draws.num_gradients or 0, draws=None if doubts else draws)
+
+
+def _annealed(
+    density: LogDensity, guide: Callable[..., Any] | None, particles: int, seconds: float, *,
+    seed: int, progress: bool, compile: bool,
+) -> tuple[Draws, list[str]]:  # fmt: skip
+    """SMC, and its doubts: told in the steps, judged by the chains that start there."""
+    smc = SMC(
+        density, particles_per_island=particles, num_islands=_ISLANDS, seed=seed, progress=progress,
+        annealing=Annealing(guide=guide, compile=compile),
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught, limited(seconds):
+        warnings.simplefilter("always", InferenceWarning)
+        draws = smc.run()
+    return draws, [str(each.message).removeprefix("smc: ") for each in caught if each.category is InferenceWarning]
 
 
 def _affordable(density: LogDensity, particles: int, seconds: float) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.errors import warn_user
+from pyro_ebm.inference.density.summed_draws import summed_out_draws
 from pyro_ebm.inference.draws import Draws, Source
 from pyro_ebm.inference.resampled import weigh_the_same
 from pyro_ebm.randomness import forked_rng
@@ -129,8 +130,7 @@ def pointwise(draws: Draws, sites: ModelSites, *, log_likelihood: bool | None) -
     if log_likelihood and problem:
         raise ValueError(f"log_likelihood=True: {problem}")
     left_out = "not asked for" if log_likelihood is False else problem
-    missing = [site for site in sites.latent if site not in draws.values]
-    wanted = () if draws.source is None or missing else tuple(set(sites.deterministic) - sites.subsampled)
+    wanted = () if draws.source is None else tuple(set(sites.deterministic) - sites.subsampled)
     observed = {} if left_out else sites.observed
     if not wanted and not observed:
         return Pointwise(left_out=left_out)
@@ -182,6 +182,15 @@ def _reason_to_wait(draws: Draws, sites: ModelSites) -> str:
     return ""
 
 
+def _drawn_anew(draws: Draws, source: Source, rows: Mapping[str, Tensor], missing: list[str]) -> dict[str, Tensor]:
+    """Discrete sites that were summed out, from their posterior given each draw."""
+    with forked_rng(0):
+        found = summed_out_draws(untilted(source.model), source.args, source.kwargs, rows, draws.observed)
+    if absent := [name for name in missing if name not in found]:
+        raise ValueError(f"the latent site(s) {absent} of the model are not among the draws")
+    return found
+
+
 @torch.no_grad()
 def _run(
     draws: Draws, observed: Mapping[str, torch.Size], wanted: tuple[str, ...]
@@ -196,6 +205,8 @@ def _run(
     keep = tuple(range(-depth, 0))
     model = BatchedModel(untilted(source.model), source.args, source.kwargs, keep=keep, returned=wanted)
     rows = {name: draws.flat(name) for name in model.layout.shapes if name in draws.values}
+    if missing := [name for name in model.layout.latent if name not in rows]:
+        rows |= _drawn_anew(draws, source, rows, missing)
     total = sum(shape.numel() for shape in model.layout.shapes.values())
     chunk = max(1, min(_CHUNK, _NUMBERS_AT_ONCE // max(total, 1)))
     with forked_rng(0):  # nothing is drawn, but a model may draw what it does not use

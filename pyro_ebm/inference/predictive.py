@@ -17,7 +17,7 @@ from pyro_ebm.entry import entry
 from pyro_ebm.errors import warn_user
 from pyro_ebm.inference.as_draws import as_draws, samples_as_draws
 from pyro_ebm.inference.chains.mcmc import MCMC
-from pyro_ebm.inference.density.summed_draws import draw_summed_out, summed_out_sites
+from pyro_ebm.inference.density.summed_draws import summed_out_draws
 from pyro_ebm.inference.draws import Draws
 from pyro_ebm.inference.resampled import resampled
 from pyro_ebm.keywords import passes_keywords
@@ -42,7 +42,6 @@ from pyro_ebm.tilts.normalizer import checked_energy
 __all__ = ["predictive"]
 
 _DEFAULT = 1000
-_FEW = 512  # draws at once where all values of discrete sites are tried
 _LOOPS = 64  # at once where the model is run for one draw after another, so that Ctrl-C loses few
 _CHUNK = 4096  # draws of a run with 64 chains are many
 _OVERSAMPLING = 16
@@ -106,7 +105,7 @@ def predictive(
                     f"others they do not follow the model; draw them too, or leave draws=None"
                 )
             given = _rows(draws, num_samples)
-            given |= _summed_out(base, args, kwargs, given, draws.observed)
+            given |= summed_out_draws(base, args, kwargs, given, draws.observed)
             return _forward(base, args, kwargs, len(next(iter(given.values()))), given=given)
         num_samples = _DEFAULT if num_samples is None else num_samples
         if call is not None:
@@ -123,31 +122,6 @@ def _rows(draws: Draws, num_samples: int | None) -> dict[str, Tensor]:
     wanted = total if num_samples is None else num_samples
     index = torch.arange(wanted, device="cpu") * total // wanted
     return {site: draws.flat(site)[index.to(value.device)] for site, value in draws.values.items()}
-
-
-def _summed_out(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    given: Mapping[str, Tensor],
-    data: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Draws of the discrete sites that a sampler has summed out, given its draws of the others and the data."""
-    sites = summed_out_sites(prototype_trace(model, args, kwargs), given, data)
-    if not sites:
-        return {}
-    total = len(next(iter(given.values())))
-    try:
-        parts = [
-            draw_summed_out(model, args, kwargs, {name: value[k : k + _FEW] for name, value in given.items()}, sites)
-            for k in range(0, total, _FEW)
-        ]
-    except (RuntimeError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"the discrete site(s) {sites} were summed out when the draws were made, and cannot be drawn given these "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}): give draws of them"
-        ) from error
-    return {site: torch.cat([part[site] for part in parts]) for site in sites}
 
 
 def _forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,8 @@ _FIRST = 50  # draws per chain before the first look
 _FIRST_IMPORTANCE = 4000
 _MAX_IMPORTANCE = 2_000_000
 _NUMBERS_AT_ONCE = 20_000_000
+_APART = 1.2  # an R-hat of chains that may never meet
+_SLOWEST_FALL = 0.3  # of R-hat squared minus one as a power of the draws: 1 where chains mix, 0 where they are stuck
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Target:
         max_seconds: of wall-clock time in all.
         max_draws: per chain.
         max_k: the Pareto k above which importance sampling is given up, where the draws' own limit is not lower.
+        give_up: end chains that stay apart however long they run (``"apart"``), as there is something better.
     """
 
     ess: float
@@ -48,6 +52,7 @@ class Target:
     max_seconds: float = 60.0
     max_draws: int | None = None
     max_k: float = math.inf
+    give_up: bool = False
 
     def __post_init__(self) -> None:
         if not self.ess > 0:
@@ -83,6 +88,7 @@ def _extend_until(
     chains: Chains, target: Target, thin: int, began: float, superchains: int | None
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    looks: list[tuple[int, float]] = []
     look = 0.0
     more = _FIRST
     while True:
@@ -107,12 +113,23 @@ def _extend_until(
             return {"ess": math.nan, "r_hat": math.nan, **found, "stopped": "interrupted"}
         if found["stopped"] == "target":
             return found
+        looks.append((done, found["r_hat"]))
+        if target.give_up and _stay_apart(looks):
+            return {**found, "stopped": "apart"}
         if left <= 0 or chains.stopped == "max_seconds":
             return {**found, "stopped": "max_seconds"}
         if target.max_draws is not None and done >= target.max_draws:
             return found
         pace = max(chains.sampling_seconds / done, 1e-9)
         more = max(1, math.ceil(min(done * _growth(found, target), left / pace)))
+
+
+def _stay_apart(looks: list[tuple[int, float]]) -> bool:
+    """Whether chains disagree and the last two rounds of draws brought them no nearer."""
+    if len(looks) < 3 or not looks[-1][1] > _APART:
+        return False
+    points = [(math.log(done), math.log(max(r_hat * r_hat - 1, 1e-9))) for done, r_hat in looks[-3:]]
+    return all(a[1] - b[1] < _SLOWEST_FALL * (b[0] - a[0]) for a, b in itertools.pairwise(points))
 
 
 def _growth(found: Mapping[str, Any], target: Target) -> float:

@@ -59,7 +59,8 @@ def tilt(
     depend on each other, ``Z`` is that of their joint tilt. For the tilt that renormalizes the site's
     own conditional, put a :class:`TiltedDistribution` inside the model.
 
-    Tilting a tilted model adds the energies.
+    Tilting a tilted model adds the energies. The factor lies in the site's plates, scales and masks: where
+    ``poutine.mask`` takes an element out, its tilt goes too (``prior.mask(...)`` takes out the prior alone).
 
     Args:
         model: any Pyro model; a bound method such as ``vae.model`` too.
@@ -299,6 +300,15 @@ class _TiltMessenger(Messenger):
         if exc_type is None:
             _check_sites(list(self.energies), self.seen)
 
+    def _pyro_sample(self, msg: Any) -> None:
+        # Handlers inside the model have set the mask by now, those around the tilted model not yet.
+        if msg["name"] in self.energies and _hides_all(msg["mask"]):
+            raise ValueError(
+                f"the tilted site {msg['name']!r} lies under poutine.mask(mask=False), which takes its tilt out too; "
+                f"take that mask off, or, for a flat prior that is tilted, mask the distribution, as in "
+                f"pyro.sample({msg['name']!r}, prior.mask(False))"
+            )
+
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
         if poutine.util.site_is_subsample(msg) or type(msg["fn"]).__name__ == "Unit":
@@ -310,6 +320,11 @@ class _TiltMessenger(Messenger):
         if name in self.log_normalizers:
             log_factor = log_factor - self.log_normalizers[name](msg["fn"])
         pyro.factor(f"{name}_tilt", log_factor)
+
+
+def _hides_all(mask: Any) -> bool:
+    """Whether a mask is ``False`` as a whole; one by element may hide all of a minibatch, as where it is padded."""
+    return mask is False or (isinstance(mask, Tensor) and mask.ndim == 0 and not bool(mask))
 
 
 def _checked_normalize(normalize: Normalize, sites: list[str]) -> bool | Tensor | Normalizer:

@@ -320,6 +320,31 @@ def test_the_time_allowed_ends_the_chains(small, clock, monkeypatch):
     assert steps(draws)[-1].endswith(": no time left") and draws.num_draws == 70 == draws.seconds
 
 
+def two_modes():
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 10.0).to_event(1))
+    pyro.factor("modes", torch.stack([-((z - 6) ** 2).sum(-1) / 2, -((z + 6) ** 2).sum(-1) / 2 + 1]).logsumexp(0))
+
+
+@pytest.mark.parametrize("doubts", [False, True])
+def test_chains_that_stay_apart_give_way_to_the_particles(monkeypatch, doubts):
+    """No chain leaves its mode: what the particles know of the shares, with more of them, is the answer."""
+    monkeypatch.setattr(auto, "_CHAINS", 16)
+    monkeypatch.setattr(auto, "_MORE", 2)
+    monkeypatch.setattr("pyro_ebm.inference.annealing.smc._MAX_SE", 0.0 if doubts else 0.5)
+    if doubts:
+        with pytest.warns(InferenceWarning, match="chees: stopped by num_samples=300 with bulk ESS"):
+            draws = sample(two_modes, num_samples=300, **QUIET)
+        assert draws.method == "chees" and steps(draws)[-1].endswith("no more draws allowed")
+        return
+    draws = sample(two_modes, strict=True, **QUIET)
+    assert draws.method == "smc" and draws.notes["stopped"] == "apart" and draws.notes["ess"] >= 1000
+    _, smc, chees, particles = steps(draws)
+    assert "4 islands of 512 particles" in smc and chees.endswith(": apart") and "4 islands of 1024" in particles
+    share = float(draws.weights[draws.flat("z")[:, 0] < 0].sum())
+    assert abs(share - 1 / (1 + math.exp(-1))) < 0.1  # 4,096 particles, those of an island not independent
+    assert float(draws.log_z.se) < 0.2
+
+
 def test_ctrl_c(small, monkeypatch):
     count = until.Chains._count
 

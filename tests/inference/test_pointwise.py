@@ -242,7 +242,7 @@ def subsampled():
 
 
 LEFT_OUT = {
-    "not among the draws": (enumerated, r"the latent site\(s\) \['k'\] of the model are not among the draws", set()),
+    "not among the draws": (enumerated, r"latent site\(s\) \['k'\] of the model are not among the draws", {"shifted"}),
     "no data": (unobserved, "the model has no observed site", {"twice"}),
     "tilted data": (
         tilt(plain, {"y": LinearEnergy(0.1)}, normalize=False),
@@ -259,8 +259,25 @@ def test_where_there_is_none_it_is_left_out_and_the_reason_kept(name):
     draws = draws_of(model, {"mu": ()})
     found = run(draws)
     assert found.log_likelihood == {} and set(found.deterministic) == deterministic
-    with pytest.raises(ValueError, match="log_likelihood=True: " + text):
+    with pytest.raises(ValueError, match="log_likelihood=True: .*" + text):
         run(draws, log_likelihood=True)
+
+
+def test_deterministic_sites_follow_the_posterior_of_what_was_summed_out(rng_untouched):
+    """Given mu = 0 and y = .5 the site k is a fair coin, given mu = 1 one with odds exp(-1)."""
+    lead = (2, 2000)
+    mu = torch.tensor([[0.0], [1.0]]).expand(lead)
+    with rng_untouched():
+        found = run(Draws({"mu": mu}, "nuts", source=Source(enumerated)))
+    shares = (found.deterministic["shifted"] - mu).mean(1)
+    expected = torch.tensor([0.5, 1 / (1 + math.e)])
+    assert ((shares - expected).abs() < 4 * (expected * (1 - expected) / lead[1]).sqrt()).all()
+
+
+def test_a_continuous_site_that_is_missing_is_told():
+    with pytest.warns(UserWarning, match=r"site\(s\) \['mu'\].*deterministic sites are left out"):
+        found = run(Draws({"k": torch.zeros(LEAD)}, "nuts", source=Source(enumerated)))
+    assert found.deterministic == {} and "mu" in found.left_out
 
 
 def test_weighted_draws_wait_to_be_asked():

@@ -21,6 +21,7 @@ from pyro_ebm import (
     Normalizer,
     QuadraticEnergy,
     TiltedModel,
+    importance,
     log_normalizer,
     tilt,
 )
@@ -742,6 +743,22 @@ def test_scale_and_mask_apply_to_the_whole_factor():
     trace = poutine.trace(poutine.mask(poutine.condition(tilted, data=z), mask=keep)).get_trace()
     trace.compute_log_prob()
     torch.testing.assert_close(trace.nodes["z_tilt"]["log_prob"], plain * keep)
+
+
+@pytest.mark.parametrize("normalize", [True, False, 0.3])
+@pytest.mark.parametrize("mask", [False, torch.tensor(False)])
+def test_a_mask_inside_the_model_that_would_take_the_tilt_out(mask, normalize):
+    def model():
+        with poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"flat prior|site 'z' lies under poutine.mask"):
+        tilt(model, {"z": QuadraticEnergy(1.0)}, normalize=normalize)()
+    with pytest.raises(ValueError, match="site 'z' lies under poutine.mask"):
+        importance(tilt(model, {"z": QuadraticEnergy(1.0)}, normalize=False), num_samples=10)
+    around = poutine.mask(tilt(model, {"y": QuadraticEnergy(1.0)}, normalize=0.3), mask=mask)  # as Predictive does
+    assert poutine.trace(around).get_trace().log_prob_sum() == 0
 
 
 def test_enumerated_discrete_site():

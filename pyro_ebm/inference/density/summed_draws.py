@@ -13,7 +13,9 @@ from pyro_ebm.inference.density.enumeration import enumerable_sites, summed_out
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.structure import Layout, latent_sites, observed_sites, plate_dims, prototype_trace
 
-__all__ = ["draw_summed_out", "summed_out_sites"]
+__all__ = ["draw_summed_out", "summed_out_draws", "summed_out_sites"]
+
+_FEW = 512  # draws at once: all values of discrete sites are tried
 
 
 def summed_out_sites(trace: poutine.Trace, known: Collection[str], data: Mapping[str, Tensor]) -> list[str]:
@@ -55,6 +57,45 @@ def _same(observed: Mapping[str, Tensor], data: Mapping[str, Tensor]) -> bool:
         and torch.allclose(value.double(), data[name].to(value.device).double(), rtol=1e-5, equal_nan=True)
         for name, value in observed.items()
     )  # fmt: skip
+
+
+def summed_out_draws(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    given: Mapping[str, Tensor],
+    data: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Draws of the discrete sites that a sampler has summed out, given its draws of the others and the data.
+
+    Args:
+        model: any Pyro model.
+        args: its arguments, its data among them.
+        kwargs: its keyword arguments.
+        given: site -> (num, *site_shape), the sampler's draws.
+        data: that these were made with, where known.
+
+    Returns:
+        site -> (num, *site_shape); empty where nothing was summed out.
+
+    Raises:
+        ValueError: that names the sites, where they cannot be drawn.
+    """
+    sites = summed_out_sites(prototype_trace(model, args, kwargs), given, data)
+    if not sites:
+        return {}
+    total = len(next(iter(given.values())))
+    try:
+        parts = [
+            draw_summed_out(model, args, kwargs, {name: value[k : k + _FEW] for name, value in given.items()}, sites)
+            for k in range(0, total, _FEW)
+        ]
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"the discrete site(s) {sites} were summed out when the draws were made, and cannot be drawn given these "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}): give draws of them"
+        ) from error
+    return {site: torch.cat([part[site] for part in parts]) for site in sites}
 
 
 def draw_summed_out(
