@@ -111,7 +111,6 @@ _EXPORTS = {
     "recipes.debias": ["debias"],
     "recipes.debias_config": ["DebiasConfig"],
     "recipes.result": ["DebiasResult"],
-    "recipes.baselines": ["WeightedELBO"],
     "recipes.debias_study": ["StudyConfig", "StudyResult", "debias_study"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -185,9 +185,6 @@ from pyro_ebm.plots import (
     plot_latent_scatter,
     plot_training_curves,
 )
-from pyro_ebm.recipes.baselines import (
-    WeightedELBO,
-)
 from pyro_ebm.recipes.data_space import (
     ReconstructionEnergy,
 )
@@ -296,7 +293,6 @@ __all__ = [
     "VAE",
     "Validation",
     "Weighted",
-    "WeightedELBO",
     "annealed_importance",
     "biased_split",
     "calibrate",

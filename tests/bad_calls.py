@@ -144,7 +144,7 @@ _QUIET = {"seed": 0, "progress": False}
 # Made by the library and read by users, or without arguments: nothing is checked that a user would give.
 RECORDS = {
     *("BoundedEstimate", "Estimate", "FitResult", "MomentFit", "StudyResult", "DebiasResult", "ClassBalance"),
-    *("Calibration", "DensityRatio", "LabelClassifier", "EpochEnd", "Energy", "TiltELBO", "WeightedELBO"),
+    *("Calibration", "DensityRatio", "LabelClassifier", "EpochEnd", "Energy", "TiltELBO"),
     *("ObservedTiltLikelihood", "BiasedSplit", "TiltedModel", "__version__"),
     *("InputError", "ImproperError"),
     *("CheckpointError", "InfeasibleError", "InferenceError", "InferenceWarning", "TrainingWarning"),

@@ -6,10 +6,8 @@ import copy
 import functools
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
@@ -19,43 +17,13 @@ from pyro_ebm.randomness import forked_rng
 from pyro_ebm.recipes.debias_config import Schedule
 from pyro_ebm.training.checkpoints import Checkpoint
 from pyro_ebm.training.fit import FitResult, fit
+from pyro_ebm.training.sources import Weighted
 
-__all__ = ["WeightedELBO", "fine_tune", "fit_vae", "new_vae", "train_vae", "train_weighted"]
+__all__ = ["fine_tune", "fit_vae", "new_vae", "train_vae", "train_weighted"]
 
 _LEARNING_RATE = 1e-3
 # Few images need a larger share to stop by: a tenth of 50 is too few to see overfitting in.
 _FEW, _VALIDATION, _VALIDATION_OF_FEW = 500, 0.1, 0.2
-
-
-class WeightedELBO:
-    """The negative ELBO with a weight for each datum, ``-sum_i w_i ELBO(x_i)``; no log Z enters.
-
-    For :func:`fit` with data ``(x, weights)``. Gradients are those of ``TraceMeanField_ELBO``: reparameterised,
-    with KL divergences in closed form. Model and guide see ``x`` alone; their sites lie in a plate along the data.
-
-    Example:
-        >>> import torch
-        >>> from pyro_ebm import VAE, fit
-        >>> vae, x = VAE((4,), latent_dim=1, hidden=(8,)), torch.rand(64, 4)
-        >>> weights = torch.where(x[:, 0] > 0.5, 2.0, 0.5)
-        >>> result = fit(vae.model, vae.guide, (x, weights), objective=WeightedELBO(), epochs=2, progress=False)
-        >>> result.epochs
-        2
-    """
-
-    def __call__(self, model: Any, guide: Any, x: Tensor, weights: Tensor) -> Tensor:
-        """The loss.
-
-        Args:
-            model: takes ``x``.
-            guide: likewise.
-            x: (n, *event).
-            weights: (n,) positive.
-        """
-        if weights.shape != x.shape[:1]:
-            raise ValueError(f"weights must have shape ({len(x)},), one for each datum, got {tuple(weights.shape)}")
-        scaled = (poutine.scale(each, scale=weights) for each in (model, guide))
-        return TraceMeanField_ELBO().differentiable_loss(*scaled, x)
 
 
 def new_vae(images: Tensor, latent_dim: int, schedule: Schedule, *, seed: int) -> VAE:
@@ -135,8 +103,8 @@ def fit_vae(
     return fit(
         vae.model,
         vae.guide,
-        images if weights is None else (images, weights),
-        objective=TraceMeanField_ELBO() if weights is None else WeightedELBO(),
+        images if weights is None else Weighted(images, weights),
+        objective=TraceMeanField_ELBO(),
         optimizer=functools.partial(torch.optim.Adam, lr=_LEARNING_RATE),
         epochs=schedule.vae_epochs * stretch,
         batch_size=schedule.vae_batch,

@@ -36,7 +36,8 @@ class TiltedDistribution(TorchDistribution):
 
     Inside a model this is the *local* tilt: it renormalizes the site's own conditional, for each value
     of the parents. ``log_prob`` is normalized with an estimated log Z that depends on the weights
-    alone (the same weights give the same number) and carries its gradient. ``sample`` draws by
+    alone (the same weights give the same number; within ``fit`` each step has new draws) and carries its
+    gradient. ``sample`` draws by
     sampling-importance-resampling from the base: exact as the pool (16 candidates per draw, at
     least ``num_samples``) grows; it is not reparametrized.
 
