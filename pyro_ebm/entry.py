@@ -34,7 +34,8 @@ class _Door:
 
     def __init__(self) -> None:
         self.lock, self.depth = threading.RLock(), 0
-        os.register_at_fork(after_in_child=self._renew)
+        if hasattr(os, "register_at_fork"):  # Windows does not fork
+            os.register_at_fork(after_in_child=self._renew)
 
     def _renew(self) -> None:
         self.lock = threading.RLock()
