@@ -245,7 +245,7 @@ def _r_hat(block: _Block) -> Floats:
 
 def _excess(block: _Block) -> Floats:
     found, expected = block.of_halves
-    return np.sqrt(1 + np.fmax.reduce(found - expected).clip(min=0.0))
+    return np.sqrt(1 + np.fmax.reduce(found - expected))
 
 
 def _allowance(block: _Block) -> Floats:

@@ -63,8 +63,8 @@ def test_chains_stop_at_the_target(clock):
     draws = run(chains(), Target(400.0))
     ess, worst = smallest_and_largest(draws)
     assert draws.notes["stopped"] == "target" and draws.notes["target_ess"] == 400.0
-    assert draws.notes["ess"] == pytest.approx(ess) and draws.notes["r_hat"] == pytest.approx(worst)
-    assert ess >= 400 and worst <= draws.notes["r_hat_limit"] < 1.05  # of sixteen short chains
+    assert draws.notes["ess"] == pytest.approx(ess) and 1 < draws.notes["r_hat"] <= worst + 1e-6
+    assert ess >= 400 and draws.notes["r_hat"] <= draws.notes["r_hat_limit"] < 1.05  # of sixteen short chains
     assert {draws.notes["least_ess_at"], draws.notes["worst_r_hat_at"]} <= {"z[0]", "z[1]", "w"}
     assert draws.num_draws == draws.notes["num_samples"] >= 50  # not what the runner was made with
 
@@ -87,11 +87,14 @@ def slow():
 
 
 def test_r_hat_counts_too(clock):
-    """Enough draws long before the chains agree to the third digit."""
-    with pytest.warns(InferenceWarning, match=r"R-hat 1\.\d+ at \S+ \(at most 1\.\d+\)"):
-        draws = run(chains(), Target(50.0, max_r_hat=1.0001, max_draws=120))
-    assert draws.notes["ess"] > 50 and draws.notes["stopped"] == "num_samples"
-    assert draws.notes["r_hat"] > draws.notes["r_hat_limit"] > 1.0001
+    """Enough draws long before the chains agree."""
+    mcmc = MCMC(
+        MALA(slow, adapt_mass_matrix=False), num_samples=1, warmup_steps=60, num_chains=16, seed=0, progress=False
+    )
+    with pytest.warns(InferenceWarning, match=r"R-hat [\d.]+ at slow\[\d\] \(at most 1\.\d+\)"):
+        draws = run(mcmc, Target(10.0, max_draws=60))
+    assert draws.notes["ess"] > 10 and draws.notes["stopped"] == "num_samples"
+    assert draws.notes["r_hat"] > draws.notes["r_hat_limit"] > 1.01
 
 
 def test_the_number_of_draws_is_a_limit(clock):

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.annotations import checked
+from pyro_ebm.arrays import Array
 from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import OutOfTime, check_seconds, finishing, limited
 from pyro_ebm.entry import entry
@@ -120,7 +121,7 @@ class MCMC:
         kernel: Kernel | MCMCKernel,
         num_samples: int,
         warmup_steps: int | None = None,
-        initial_params: Mapping[str, Tensor] | Tensor | None = None,
+        initial_params: Mapping[str, Array] | Array | None = None,
         num_chains: int | None = None,
         hook_fn: Hook | None = None,
         mp_context: str | None = None,
