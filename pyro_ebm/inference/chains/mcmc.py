@@ -147,8 +147,8 @@ class MCMC:
     ) -> None:
         refuse_foreign(unknown, type(self))
         whole_number("num_samples", num_samples)
-        initial_params = as_params(initial_params)
-        batched = check_kernel(kernel, initial_params)
+        starts: Mapping[str, Tensor] | Tensor | None = as_params(initial_params)
+        batched = check_kernel(kernel, starts)
         if warmup_steps is None:
             warmup_steps = min(num_samples, _WARMUP) if batched else num_samples
         for name, value, least in (("warmup_steps", warmup_steps, 0), ("num_chains", num_chains, 1), ("thin", thin, 1)):
@@ -161,7 +161,7 @@ class MCMC:
             own = {"vectorize": vectorize, "init": init, "guide": guide, "generator": generator, "thin": thin - 1}
             refuse_of_batch(kernel, {**own, "superchains": superchains, "compile": compile, "capture": not capture})
         self.kernel, self.num_samples, self.warmup_steps = kernel, num_samples, warmup_steps
-        self.initial_params, self.init, self.guide = initial_params, init, guide
+        self.initial_params, self.init, self.guide = starts, init, guide
         self.hook_fn, self.transforms = hook_fn, transforms
         self.save_params = None if save_params is None else list(save_params)
         self.disable_validation, self.vectorize = disable_validation, vectorize
