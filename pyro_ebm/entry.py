@@ -21,6 +21,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch.utils import _pytree as pytree
 
 from pyro_ebm.errors import InputError
+from pyro_ebm.precision import of_two_precisions
 
 __all__ = ["alone", "entry"]
 
@@ -108,6 +109,9 @@ def entry(*, gradients: bool = False, of_model: bool = True) -> Callable[[Callab
                 try:
                     return function(*given[0], **given[1])
                 except (RuntimeError, ValueError) as error:
+                    precisions = of_two_precisions(error, given) if type(error) is RuntimeError else None
+                    if precisions is not None:
+                        raise InputError(f"{function.__qualname__}: {precisions}") from error
                     if "nference tensor" not in str(error) or isinstance(error, InputError):
                         raise
                     raise InputError(

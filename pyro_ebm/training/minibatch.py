@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
 
-__all__ = ["Parts", "Shares", "Survey", "num_data_of", "survey"]
+__all__ = ["Parts", "Shares", "Survey", "lone_datum_told", "num_data_of", "survey"]
 
 Run = Callable[..., object]
 _NUMBER = re.compile(r"\d+")
@@ -29,6 +29,20 @@ _NUMBER = re.compile(r"\d+")
 def num_data_of(batch: Sequence[Tensor]) -> int:
     """How many data a minibatch has; one where the model holds its data itself and is given none."""
     return batch[0].shape[0] if batch else 1
+
+
+@contextmanager
+def lone_datum_told(batch: Sequence[Tensor]) -> Iterator[None]:
+    """What batch normalization says of a minibatch of one datum, by the argument that made it."""
+    try:
+        yield
+    except ValueError as error:
+        if num_data_of(batch) > 1 or "more than 1 value" not in str(error):
+            raise
+        raise ValueError(
+            "batch_size: a minibatch has one datum alone, the last of a pass, and batch normalization needs two: "
+            "choose another batch_size, or give a DataLoader with drop_last=True"
+        ) from error
 
 
 @dataclass(frozen=True)

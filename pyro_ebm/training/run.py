@@ -27,7 +27,7 @@ from pyro_ebm.training.identity import (
     settings_of_modules,
     settings_of_optimizer,
 )
-from pyro_ebm.training.minibatch import Shares, num_data_of
+from pyro_ebm.training.minibatch import Shares, lone_datum_told, num_data_of
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.saved_run import require_possible
 from pyro_ebm.training.selection import Average, Moving, within_error
@@ -255,7 +255,8 @@ class Run:
             stream = (self.seed, epoch, step, group.name, *([index] if index else []))
             # A part of the step is its share of the mean over the parts.
             divisor = self.shares.divisor(part) * size / num_data_of(part)
-            with weights_reported_to(self.guard.listen), log_z_stream(*stream), self.shares.counting(part):
+            counting = self.shares.counting(part)
+            with lone_datum_told(part), weights_reported_to(self.guard.listen), log_z_stream(*stream), counting:
                 losses.append(group.loss.gradients(group.parameters, *batch, num=divisor, epoch=epoch + 1))
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 

@@ -11,7 +11,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from pyro_ebm import TrainingWarning, fit
+from pyro_ebm import Batches, TrainingWarning, fit
 
 N = 40
 Y = torch.randn(N, generator=torch.Generator().manual_seed(0))
@@ -175,3 +175,23 @@ def test_rows_that_hang_together_are_told(kind, options):
 @pytest.mark.parametrize("kind", [Vector, InTurn, OneByOne, Noisy])
 def test_rows_of_their_own_are_trained_in_any_order(kind):
     assert trained(kind(), batch_size=16).stopped == "epochs"
+
+
+class Normalized(Learner):
+    """Batch normalization learns nothing from one datum."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+    def model(self, y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(self.net(y[:, None]).squeeze(-1), 1.0), obs=y)
+
+
+@pytest.mark.parametrize("size", [13, Batches(13, accumulate=2)])
+def test_a_last_minibatch_of_one_is_named_where_it_cannot_be_learned_from(size):
+    with pytest.raises(ValueError, match="batch_size: a minibatch has one datum alone"):
+        trained(Normalized(), batch_size=size, validation=None)
+    assert trained(Normalized(), batch_size=14, validation=None).stopped == "epochs"
+    assert trained(Noisy(), batch_size=13, validation=None).stopped == "epochs"
