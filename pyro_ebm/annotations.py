@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import pyro.distributions
-import torch
 
 from pyro_ebm.checks import is_number, is_whole_number, number, whole_number
 
@@ -175,7 +173,7 @@ def _of_items(word: str, items: list[str], name: str, spaces: Sequence[Mapping[s
     def admits(value: Any) -> bool:
         if not many(value):
             return False
-        listed = isinstance(value, Sequence | np.ndarray | torch.Tensor) and of_item
+        listed = (isinstance(value, Sequence | np.ndarray) or _is_tensor(value)) and of_item
         return not listed or all(any(kind.admits(each) for kind in of_item) for each in value)
 
     return _Kind(admits, f"a sequence{plural}")
@@ -239,13 +237,13 @@ def _is_iterable(value: Any) -> bool:
 
 
 def _is_sequence(value: Any) -> bool:
-    listed = isinstance(value, Sequence | np.ndarray | torch.Tensor) or hasattr(value, "to_numpy")
+    listed = (isinstance(value, Sequence | np.ndarray) or _is_tensor(value)) or hasattr(value, "to_numpy")
     return listed and _is_iterable(value)
 
 
 def _is_array(value: Any) -> bool:
     numbers = isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf"
-    return isinstance(value, torch.Tensor) or numbers or hasattr(value, "to_numpy")
+    return _is_tensor(value) or numbers or hasattr(value, "to_numpy")
 
 
 def _holds_arrays(value: Any) -> bool:
@@ -253,11 +251,25 @@ def _holds_arrays(value: Any) -> bool:
 
 
 def _makes_modules(value: Any) -> bool:
-    return callable(value) and not (isinstance(value, type) and not issubclass(value, torch.nn.Module))
+    return callable(value) and (not isinstance(value, type) or _is_module_class(value))
+
+
+# Whoever passes an object of torch's or Pyro's has imported it; the command's help does not load them.
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_module_class(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, type) and issubclass(value, torch.nn.Module)
 
 
 def _is_distribution(value: Any) -> bool:
-    return isinstance(value, torch.distributions.Distribution | pyro.distributions.Distribution)
+    kinds = [sys.modules.get("torch.distributions"), sys.modules.get("pyro.distributions")]
+    return any(kind is not None and isinstance(value, kind.Distribution) for kind in kinds)
 
 
 _PLAIN: dict[str, _Kind] = {
@@ -267,8 +279,8 @@ _PLAIN: dict[str, _Kind] = {
     "str": _Kind(lambda value: isinstance(value, str), "text"),
     "Path": _Kind(lambda value: isinstance(value, os.PathLike), "a path"),
     "os.PathLike": _Kind(lambda value: isinstance(value, os.PathLike), "a path"),
-    "Tensor": _Kind(lambda value: isinstance(value, torch.Tensor), "a tensor"),
-    "torch.Tensor": _Kind(lambda value: isinstance(value, torch.Tensor), "a tensor"),
+    "Tensor": _Kind(_is_tensor, "a tensor"),
+    "torch.Tensor": _Kind(_is_tensor, "a tensor"),
     "Array": _Kind(_is_array, "a tensor, an array or a table of numbers"),
     "Distribution": _Kind(_is_distribution, "a distribution of Pyro"),
     "TorchDistribution": _Kind(_is_distribution, "a distribution of Pyro"),
@@ -276,7 +288,7 @@ _PLAIN: dict[str, _Kind] = {
     "MakeOptimizer": _Kind(callable, "callable"),
     "MakeScheduler": _Kind(callable, "callable"),
     "Arrays": _Kind(_holds_arrays, "a mapping of names to arrays"),
-    "type": _Kind(lambda value: isinstance(value, type) and issubclass(value, torch.nn.Module), "a class of modules"),
+    "type": _Kind(_is_module_class, "a class of modules"),
     "Activation": _Kind(_makes_modules, "a class of modules, or a function that makes one"),
     "Hook": _Kind(callable, "callable"),
     "Quantity": _Kind(callable, "callable"),

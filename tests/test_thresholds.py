@@ -125,7 +125,7 @@ STEEP = LinearEnergy([4.0, 0.0])
 FEW = {
     "importance": lambda: importance(narrow, num_samples=2000, seed=0),
     "snis": lambda: sample(narrow, method="snis", num_samples=2000, num_chains=1, seed=0),
-    "snis_to_an_ess": lambda: sample(narrow, method="snis", ess=4, max_seconds=0.01, seed=0),
+    "snis_to_an_ess": lambda: sample(narrow, method="snis", ess=4, num_samples=2000, num_chains=1, seed=0),
     "to_arviz": resampled_for_arviz,
     "log_normalizer": lambda: log_normalizer(BASE, STEEP, num_samples=2000, seed=0),
     "tilted_log_normalizer": lambda: tilt(model, {"z": STEEP}).log_normalizer(num_samples=2000, seed=0),

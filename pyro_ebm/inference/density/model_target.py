@@ -202,8 +202,8 @@ class ModelTarget:
     @functools.cached_property
     def periodic(self) -> Tensor | None:
         """Which coordinates of a point are angles, (dim,); None where none is."""
-        flags = [torch.full((site.size,), site.periodic) for site in self.sites]
-        found = torch.cat(flags).to(self.like.device)
+        flags = [flag for site in self.sites for flag in [site.periodic] * site.size]
+        found = torch.tensor(flags, device=self.like.device)
         return found if bool(found.any()) else None
 
     def rewound(self, u: Tensor) -> Tensor:
