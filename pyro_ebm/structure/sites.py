@@ -67,14 +67,14 @@ def unconditioned(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prototype_trace(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seed: int = 0
 ) -> poutine.Trace:
     """One run of the model, to see its sites and shapes; leaves no trace in random state or modules.
 
     A draw of the prior at which numbers fail, as a matrix that has no factor, says nothing about the model: then others
-    are tried.
+    are tried. Another ``seed`` shows another draw.
     """
-    return until_numbers_hold(lambda seed: _one_run(model, args, kwargs, seed))
+    return until_numbers_hold(lambda attempt: _one_run(model, args, kwargs, seed + attempt))
 
 
 def _one_run(
@@ -85,10 +85,23 @@ def _one_run(
             trace = poutine.trace(model).get_trace(*args, **kwargs)
             _check_values(trace)
         except Exception as error:
+            if isinstance(error, ValueError) and (holes := _arguments_with_nan(args, kwargs)):
+                told = " ".join(str(error).split(":")[0].split())
+                raise InputError(
+                    f"NaN in {holes}, with which the model does not run ({told}): leave those data out, or fill them"
+                ) from error
             given = [_in_short(value) for value in args] + [f"{name}={_in_short(kwargs[name])}" for name in kwargs]
             error.add_note(f"while running the model once with arguments ({', '.join(given)})")
             raise
     return trace
+
+
+def _arguments_with_nan(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    named = {f"argument {i}": value for i, value in enumerate(args)} | {f"{name}=": x for name, x in kwargs.items()}
+    tensors = {name: x for name, x in named.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    return ", ".join(
+        f"{name} ({int(x.isnan().sum())} of {x.numel()} numbers)" for name, x in tensors.items() if x.isnan().any()
+    )
 
 
 def _in_short(value: Any) -> str:
@@ -105,6 +118,24 @@ def _check_values(trace: poutine.Trace) -> None:
             )
         if isinstance(site["value"], torch.Tensor) and not is_deterministic(site):
             real_numbers(f"the value of site {name!r}", site["value"])
+            _check_mask(name, site)
+
+
+def _check_mask(name: str, site: Mapping[str, Any]) -> None:
+    """A mask by ``poutine.mask``: a larger one would count the site many times, one that fits nothing fails late."""
+    mask, value, event_dim = site["mask"], site["value"], event_dim_of(site)
+    if not isinstance(mask, torch.Tensor):
+        return
+    batch = torch.broadcast_shapes(site["fn"].batch_shape, value.shape[: value.ndim - event_dim])
+    try:
+        fits = torch.broadcast_shapes(mask.shape, batch).numel() == batch.numel()
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"a mask of shape {tuple(mask.shape)} lies over site {name!r}, whose batch shape is {tuple(batch)}: give "
+            f"poutine.mask one that fits, around this site alone"
+        )
 
 
 class _Somewhere(Messenger):

@@ -11,6 +11,7 @@ from pyro.distributions import ImproperUniform
 from torch.distributions import Transform
 
 from pyro_ebm.inference.density.model_target import ModelTarget
+from pyro_ebm.inference.density.site import check_support, describe
 from pyro_ebm.structure import (
     DoesNotBroadcast,
     filled,
@@ -18,11 +19,14 @@ from pyro_ebm.structure import (
     latent_masks,
     latent_sites,
     leaf_of,
+    prototype_trace,
     startable,
     transform_of,
 )
 
 __all__ = ["prepared"]
+
+_ANOTHER = 1_000_003  # a seed of none of the attempts at the first run
 
 
 def prepared(
@@ -37,10 +41,11 @@ def prepared(
         trace: of one run.
 
     Raises:
-        InputError: a site that has no density.
+        InputError: a site that has no density, or one whose support moves with the values of others.
     """
     sites = {name: site for name, site in latent_sites(trace).items() if not site["fn"].support.is_discrete}
     transforms = {name: transform_of(name, site["fn"]).inv for name, site in sites.items()}
+    _check_supports(sites, prototype_trace(model, args, kwargs, seed=_ANOTHER))
     flat = any(isinstance(leaf_of(site["fn"]), ImproperUniform) for site in sites.values())
     if flat or latent_masks(trace):
         with suppress(DoesNotBroadcast):  # then nothing is known of what depends on what
@@ -49,3 +54,10 @@ def prepared(
             model = filled(model, target.filled)
     angles = any(is_periodic(site["fn"]) for site in sites.values())
     return startable(model) if flat else model, transforms if angles else None
+
+
+def _check_supports(sites: Mapping[str, Any], other: poutine.Trace) -> None:
+    """Pyro's transforms are those of one run: the chains would stay where the supports of that run are."""
+    for name, site in latent_sites(other).items():
+        if name in sites and site["value"].shape == sites[name]["value"].shape:
+            check_support(describe(name, sites[name], None, {}), site["fn"], site["value"])
