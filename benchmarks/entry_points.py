@@ -277,7 +277,9 @@ def by_log_normalizer(case: Case, seed: int) -> str | None:
         return "no answer known"
     energy = energy_of(case, site)
     tilted = tilt(case.model, {site: energy})
-    found = tilted.log_normalizer(*case.args, num_samples=500 if slow(case) else 5_000, seed=seed, **case.kwargs)
+    found = tilted.log_normalizer(
+        *case.args, num_samples=500 if slow(case) else 5_000, seed=seed, model_kwargs=case.kwargs
+    )
     runs = forward(case, 400, site)
     weights = (-energy(runs)).double().exp().reshape(len(runs), -1)
     value = torch.as_tensor(found.value).double()
@@ -326,7 +328,7 @@ def by_log_likelihood(case: Case, seed: int) -> str | None:
         name for name, site in prototype_trace(case.model, case.args, case.kwargs).nodes.items() if is_data(site)
     ]
     prior = poutine.block(case.model, hide=observed)
-    log_likelihood(case.model, prior, *case.args, num_samples=100, seed=seed, **case.kwargs)
+    log_likelihood(case.model, prior, *case.args, num_samples=100, seed=seed, model_kwargs=case.kwargs)
     return "no answer known"
 
 
@@ -361,6 +363,13 @@ def by_calibrate(case: Case, seed: int) -> str | None:
     return None
 
 
+def rows(case: Case) -> bool:
+    """Whether the arguments are data with one first dimension."""
+    return len({tuple(getattr(arg, "shape", ())[:1]) for arg in case.args} - {()}) == 1 and all(
+        getattr(arg, "ndim", 0) and len(arg) for arg in case.args
+    )
+
+
 def by_fit(case: Case, seed: int) -> str | None:
     """An AutoNormal guide by full batches: the loss of stock SVI after as many steps."""
     from pyro.infer import SVI, Trace_ELBO
@@ -370,7 +379,9 @@ def by_fit(case: Case, seed: int) -> str | None:
     steps, model = 150, functools.partial(case.model, **case.kwargs)
     if "discrete" in kinds(case):
         return "no answer known"  # no guide to compare
-    data = case.args
+    data = case.args if rows(case) else None
+    if data is None:
+        model, data = functools.partial(model, *case.args), ()
     stock = AutoNormal(model)
     svi = SVI(model, stock, Adam({"lr": 0.02}), Trace_ELBO())
     try:
@@ -383,8 +394,8 @@ def by_fit(case: Case, seed: int) -> str | None:
     pyro.set_rng_seed(seed)
     guide = AutoNormal(model)
     fit(
-        model, guide, data, epochs=steps, batch_size=10**6, validation=None, patience=None, seed=seed, progress=False,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02),
+        model, guide, data or None, epochs=steps, batch_size=10**6, validation=None, patience=None, seed=seed,
+        progress=False, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02),
     )  # fmt: skip
     ours = torch.tensor([Trace_ELBO().loss(model, guide, *data) for _ in range(200)])
     se = (ours.var() / 200 + theirs.var() / 200).sqrt() + 0.02 * theirs.abs().mean() + 0.05

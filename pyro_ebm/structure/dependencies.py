@@ -19,12 +19,15 @@ from pyro_ebm.structure.sites import (
     event_dim_of,
     is_bookkeeping,
     is_deterministic,
+    latent_sites,
     log_prob_of,
     plate_depth,
     plate_dims,
+    prototype_trace,
     unconditioned,
     unmasked,
 )
+from pyro_ebm.structure.supports import check_drawable
 
 __all__ = ["ModelStructure", "model_structure"]
 
@@ -80,8 +83,13 @@ def model_structure(
     """Run the model once, unconditioned and out of sight of outer handlers, tracking what depends on what."""
     tracked, tracked_kwargs = track_provenance((args, dict(kwargs)), frozenset([_INPUTS]))
     with forked_rng(0), torch.no_grad(), poutine.block(), evaluation_mode(model):
-        with TrackProvenance(include_deterministic=True):
-            trace = poutine.trace(unconditioned(model)).get_trace(*tracked, **tracked_kwargs)
+        try:
+            with TrackProvenance(include_deterministic=True):
+                trace = poutine.trace(unconditioned(model)).get_trace(*tracked, **tracked_kwargs)
+        except NotImplementedError:
+            latent = latent_sites(prototype_trace(model, args, kwargs))
+            check_drawable(latent, "log Z of a tilt", "tilt(..., normalize=False) needs none")
+            raise
         sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_bookkeeping(s)]
         parents = {site["name"]: get_provenance(log_prob_of(site)) for site in sites}
     varying = _varying_sites(model, args, kwargs, sites)

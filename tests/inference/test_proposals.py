@@ -295,3 +295,14 @@ def test_a_tilt_of_a_flat_prior_has_no_log_z(model, site):
     if site == "mu" and model is masked_distribution:  # draws of the posterior do not need it
         draws = importance(tilted, None, Y, num_samples=4000, seed=0)
         assert abs(float(draws.mean("mu")) - 1.5 - 0.5 / 4) < 4 * 0.5 / math.sqrt(draws.notes["ess"])
+
+
+def improper(y):
+    mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+    pyro.sample("y", dist.Normal(mu, 1.0), obs=y[0])
+
+
+@pytest.mark.parametrize("site", ["mu", "y"])
+def test_a_tilt_of_an_improper_prior_has_no_log_z(site):
+    with pytest.raises(ValueError, match=r"site\(s\) \['mu'\] have a flat prior \(ImproperUniform\).*normalize=False"):
+        tilt(improper, {site: LinearEnergy(0.5)}).log_normalizer(Y)
