@@ -43,6 +43,7 @@ _EXPORTS = {
     "objectives.short_run": ["ShortRun"],
     "objectives.running_control": ["RunningControl"],
     "training.callbacks": ["EpochEnd"],
+    "training.capture": ["CapturedLoss"],
     "training.fit": [
         "Average",
         "Batches",

@@ -215,6 +215,9 @@ from pyro_ebm.tilts.tilt import (
 from pyro_ebm.training.callbacks import (
     EpochEnd,
 )
+from pyro_ebm.training.capture import (
+    CapturedLoss,
+)
 from pyro_ebm.training.fit import (
     Average,
     Batches,
@@ -236,6 +239,7 @@ __all__ = [
     "BiasedSplit",
     "BoundedEstimate",
     "Calibration",
+    "CapturedLoss",
     "ChEES",
     "Checkpoint",
     "CheckpointError",

@@ -160,7 +160,8 @@ def fit(
             may also have ``validation(model, guide, *batch)``, the loss to validate with where its own is no
             measure of fit, and ``state_dict()`` with ``load_state_dict()``, of tensors and plain values, which
             checkpoints then hold. With an argument ``epoch`` it is told the epoch, from 1 on (a weight of the KL
-            that grows). A sequence: one for each group of ``train``.
+            that grows). A :class:`CapturedLoss` makes the steps of small models faster. A sequence: one for each
+            group of ``train``.
         train: the modules that learn, and names of ``pyro.param`` that do; None: all that are found behind model and
             guide, and every ``pyro.param`` that they meet. Groups,
             as in ``[[vae], [energy]]``, take turns: with each minibatch each group makes a step while the others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
+from pyro_ebm.training.capture import CapturedLoss, RecordedSteps
 from pyro_ebm.training.identity import description
 
 __all__ = ["Objective"]
@@ -37,6 +39,8 @@ class Objective:
         for role, item in {"model": model, "guide": guide}.items():
             if not callable(item):
                 raise TypeError(f"{role} must be callable, got {type(item).__name__}")
+        captured = objective if isinstance(objective, CapturedLoss) else None
+        objective = objective if captured is None else captured.objective
         objective = pyro.infer.Trace_ELBO() if objective is None else objective
         is_elbo = isinstance(objective, pyro.infer.ELBO)
         if isinstance(objective, type) or not (is_elbo or callable(objective)):
@@ -59,6 +63,22 @@ class Objective:
         self.in_nats = bool(getattr(objective, "in_nats", is_elbo))
         self._told = {name: _takes_epoch(each) for name, each in {"loss": self._loss, "measure": self._measure}.items()}
         self._stateful = all(hasattr(objective, part) for part in ("state_dict", "load_state_dict"))
+        self._recorded = None if captured is None else self._recorder(captured)
+
+    def _recorder(self, captured: CapturedLoss) -> RecordedSteps:
+        """What plays steps back."""
+        given = type(self.given).__name__
+        if self._told["loss"] or self._stateful or (self._is_elbo and type(self.given) is not pyro.infer.Trace_ELBO):
+            raise ValueError(
+                f"{self.name}: CapturedLoss takes Trace_ELBO() or a function without an argument epoch and without "
+                f"a state_dict(), got {given}; pass it as it is"
+            )
+        return RecordedSteps(captured, lambda *batch: self._tensor("loss", batch, 1), *self.args)
+
+    def leave_uncaptured(self, problem: str) -> None:
+        """Take no graph: where what a step depends on is no argument of the loss."""
+        if self._recorded is not None:
+            self._recorded.captured.refuse(problem)
 
     @property
     def is_measure(self) -> bool:
@@ -91,6 +111,12 @@ class Objective:
 
     def gradients(self, parameters: list[nn.Parameter], *batch: Tensor, num: float, epoch: int = 1) -> Tensor:
         """Add the gradients of the loss over ``num`` to the parameters; return that loss."""
+        if self._recorded is None:
+            return self._eager(parameters, *batch, num=num, epoch=epoch)
+        eager = functools.partial(self._eager, parameters, *batch, num=num, epoch=epoch)
+        return self._recorded.gradients(parameters, batch, num, epoch, eager)
+
+    def _eager(self, parameters: list[nn.Parameter], *batch: Tensor, num: float, epoch: int) -> Tensor:
         if self._loss is not None:
             loss = self._tensor("loss", batch, epoch) / num
             if not loss.requires_grad:

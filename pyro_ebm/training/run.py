@@ -129,6 +129,8 @@ class Run:
         self.objectives = list({id(group.loss): group.loss for group in groups}.values())
         self.data, self.judge, self.cut, self.each_step = data, judge, cut, each_step
         self.keeping, self.shares = keep, shares
+        for loss in self.objectives if shares.weighted else ():
+            loss.leave_uncaptured("its data have weights")
         self.moving = Moving(self.parameters, keep.decay) if isinstance(keep, Average) else None
         self.clip_grad_norm, self.seed = clip_grad_norm, seed
         self.device = self.parameters[0].device

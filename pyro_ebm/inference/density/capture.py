@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.deadline import check_time
 from pyro_ebm.errors import InferenceError
-from pyro_ebm.inference.density.masked_writes import chosen_by_values, without_masked_writes
+from pyro_ebm.graphs import chosen_by_values, results_of, simplified, varying
+from pyro_ebm.inference.density.masked_writes import without_masked_writes
 from pyro_ebm.numerics import FailuresAsNaN, failed_numerically, function_by_rows
 
 __all__ = ["Captured", "captured"]
 
 _Function = Callable[[Tensor], tuple[Tensor, ...]]
-_NAMES = ("alias", "detach", "expand", "view", "_unsafe_view", "reshape")
-# What they return depends on the shape of their argument only, and the shape is fixed.
-_FILLS = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 
 
 class Captured:
@@ -74,11 +71,11 @@ def captured(function: _Function, u: Tensor, *, compile: bool = False) -> Captur
 
     try:
         graph = make_fx(recorded)(u)
-        results = _recorded(graph, u)
+        results = results_of(graph, u)
         without_masked_writes(graph, results)
-        if chosen_by_values(graph, results, _varying(graph, results)):
+        if chosen_by_values(graph, results, varying(graph, results)):
             return Captured(function, "eager", function, "the shapes of its operations depend on the values")
-        graph = _simplified(graph, u)
+        graph = simplified(graph, u)
         problem = _difference(graph, function, u)
     except Exception as error:  # torch raises all kinds where operations depend on values
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -122,72 +119,3 @@ def _close(ours: Tensor, theirs: Tensor, known: Tensor) -> bool:
 def _size(values: Tensor) -> float:
     finite = values[values.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 1.0
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what every node returned."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph, garbage_collect_values=False)
-        self.results: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.results[n] = super().run_node(n)
-        return self.results[n]
-
-
-def _recorded(graph: fx.GraphModule, u: Tensor) -> dict[fx.Node, Any]:
-    recorder = _Recorder(graph)
-    recorder.run(u)
-    return recorder.results
-
-
-def _simplified(graph: fx.GraphModule, u: Tensor) -> fx.GraphModule:
-    """Compute once what does not depend on ``u``; drop operations that change nothing."""
-    results = _recorded(graph, u)
-    varying = _varying(graph, results)
-    for node in list(graph.graph.nodes):
-        result = results.get(node)
-        if node.op != "call_function" or not isinstance(result, Tensor):
-            continue
-        if node not in varying:
-            if any(user in varying or user.op == "output" for user in node.users):
-                name = f"_constant_of_{node.name}"
-                graph.register_buffer(name, result.detach())
-                with graph.graph.inserting_before(node):
-                    node.replace_all_uses_with(graph.graph.get_attr(name))
-        elif _operation(node) in _NAMES:
-            source = results[node.args[0]]
-            same = source.shape == result.shape and source.stride() == result.stride()
-            if same and source.dtype == result.dtype:
-                node.replace_all_uses_with(node.args[0])
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
-
-
-def _varying(graph: fx.GraphModule, results: Mapping[fx.Node, Any]) -> set[fx.Node]:
-    """Nodes whose value changes from call to call, or whose memory is written to."""
-    written = {_memory(results[node.args[0]]) for node in graph.graph.nodes if _writes(node)}
-    varying: set[fx.Node] = set()
-    for node in graph.graph.nodes:
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        depends = any(source in varying for source in node.all_input_nodes) and _operation(node) not in _FILLS
-        if node.op == "placeholder" or random or depends or _memory(results.get(node)) in written:
-            varying.add(node)
-    return varying
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether it changes its first argument in place, as ``out[..., 0] = z`` does."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def _memory(result: Any) -> int | None:
-    return result.untyped_storage().data_ptr() if isinstance(result, Tensor) else None
-
-
-def _operation(node: fx.Node) -> str:
-    """``"view"`` of ``aten.view.default``."""
-    return getattr(node.target, "_opname", "")

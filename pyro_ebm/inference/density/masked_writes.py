@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["chosen_by_values", "without_masked_writes"]
+from pyro_ebm.graphs import is_mask
+
+__all__ = ["without_masked_writes"]
 
 _aten = torch.ops.aten
 _SAME_NUMBERS = ("view", "_unsafe_view", "reshape", "alias", "detach", "clone")
@@ -45,33 +47,10 @@ def without_masked_writes(graph: fx.GraphModule, results: dict[fx.Node, Any]) ->
     graph.recompile()
 
 
-def chosen_by_values(graph: fx.GraphModule, results: Mapping[fx.Node, Any], varying: Collection[fx.Node]) -> bool:
-    """Whether the shape of something in the graph changes from call to call: ``x[mask]``, ``nonzero``.
-
-    Args:
-        graph: recorded.
-        results: what each node returned in a run.
-        varying: nodes whose value changes from call to call.
-    """
-    for node in graph.graph.nodes:
-        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-            continue
-        by = node.all_input_nodes
-        if getattr(node.target, "_opname", "") == "index":
-            by = [index for index in node.args[1] if _is_mask(index, results)]
-        if any(each in varying for each in by):
-            return True
-    return False
-
-
-def _is_mask(index: Any, results: Mapping[fx.Node, Any]) -> bool:
-    return isinstance(index, fx.Node) and results[index].dtype is torch.bool
-
-
 def _mask(node: fx.Node, results: Mapping[fx.Node, Any]) -> fx.Node | None:
     """The mask that an indexing goes by, where it is one over the whole tensor."""
     indices: Any = node.args[1]
-    if len(indices) != 1 or not _is_mask(indices[0], results):
+    if len(indices) != 1 or not is_mask(indices[0], results):
         return None
     return indices[0] if results[indices[0]].shape == results[node.args[0]].shape else None  # type: ignore[index]
 
