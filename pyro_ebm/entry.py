@@ -21,7 +21,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch.utils import _pytree as pytree
 
 from pyro_ebm.errors import InputError
-from pyro_ebm.precision import of_two_precisions
+from pyro_ebm.faults import told_of_data
 
 __all__ = ["alone", "entry"]
 
@@ -109,9 +109,9 @@ def entry(*, gradients: bool = False, of_model: bool = True) -> Callable[[Callab
                 try:
                     return function(*given[0], **given[1])
                 except (RuntimeError, ValueError) as error:
-                    precisions = of_two_precisions(error, given) if type(error) is RuntimeError else None
-                    if precisions is not None:
-                        raise InputError(f"{function.__qualname__}: {precisions}") from error
+                    told = told_of_data(error, given)
+                    if told is not None:
+                        raise InputError(f"{function.__qualname__}: {told}") from error
                     if "nference tensor" not in str(error) or isinstance(error, InputError):
                         raise
                     raise InputError(

@@ -15,6 +15,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import nn
+from torch.distributions import constraints
 
 __all__ = ["evaluation_mode", "frozen", "modules_of", "name_of", "own_parameters", "register_for_svi"]
 
@@ -99,17 +100,47 @@ def own_parameters(*callables: Any) -> Iterator[None]:
         if isinstance(value, nn.Parameter) and id(value) not in own and (name in names or name.startswith(prefixes))
     }
     for name in foreign:
-        del store[name]
+        _forget(store, name)
     try:
+        # Pyro would ask them for gradients when it first meets them: frozen ones too, and under torch.vmap in vain.
+        for name, value in _plain_parameters(modules):
+            if name not in store:
+                _remember(store, name, value, constraints.real)
         yield
     finally:
         own = {id(p) for module in modules for p in module.parameters()}
         for name, value in list(store.named_parameters()):
             if id(value) in own and before.get(name) is not value:
-                del store[name]
+                _forget(store, name)
         for name, (value, constraint) in foreign.items():
-            store._params[name], store._constraints[name] = value, constraint
-            store._param_to_name[value] = name
+            _remember(store, name, value, constraint)
+
+
+def _remember(store: Any, name: str, value: nn.Parameter, constraint: Any) -> None:
+    store._params[name], store._constraints[name], store._param_to_name[value] = value, constraint, name
+
+
+def _forget(store: Any, name: str) -> None:
+    """Out of the store; a parameter that stands there under a second name, as in a flow, is known by the other then."""
+    value = store._params.pop(name)
+    store._constraints.pop(name)
+    others = [other for other, theirs in store._params.items() if theirs is value]
+    if others:
+        store._param_to_name[value] = others[-1]
+    else:
+        store._param_to_name.pop(value, None)
+
+
+def _plain_parameters(modules: list[PyroModule]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters without a constraint, of PyroModules and of plain modules in them, by their names in Pyro's store."""
+    for sub in (sub for module in modules for sub in module.modules() if isinstance(sub, PyroModule)):
+        prefix = f"{sub._pyro_name}." if sub._pyro_name else ""
+        own = ((name, p) for name, p in sub._parameters.items() if p is not None)
+        yield from ((prefix + name, p) for name, p in own if not name.endswith("_unconstrained"))
+        for child, module in sub._modules.items():
+            if module is not None and not isinstance(module, PyroModule):
+                inner = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+                yield from ((f"{prefix}{child}$$${name}", p) for name, p in inner)
 
 
 def _names_in_store(modules: list[PyroModule]) -> set[str]:

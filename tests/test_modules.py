@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoIAFNormal, AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
-from pyro_ebm import LinearEnergy, tilt
-from pyro_ebm.modules import evaluation_mode, frozen, modules_of, register_for_svi
+from pyro_ebm import InferenceWarning, LinearEnergy, fit, sample, tilt
+from pyro_ebm.modules import evaluation_mode, frozen, modules_of, own_parameters, register_for_svi
 from pyro_ebm.randomness import forked_rng, random_stream
 
 
@@ -120,3 +124,47 @@ def test_frozen_restores_each_parameter():
     with frozen(owner):
         assert not any(p.requires_grad for p in owner.parameters()) and not owner.training
     assert owner.inner[0].weight.requires_grad and not owner.inner[0].bias.requires_grad and owner.training
+
+
+class Weights(PyroModule):
+    """Random weights, and a bias and a layer that learn, one of them frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.random = PyroModule[nn.Linear](2, 1)
+        self.random.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+        self.plain = nn.Linear(1, 1)
+        self.scale = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+
+    def forward(self, x):
+        loc = self.plain(self.random(x)).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(loc, self.scale.abs() + 0.1), obs=x[:, 0])
+
+
+def test_parameters_of_pyro_modules_are_met_under_vmap_and_stay_frozen():
+    model, x = Weights(), torch.linspace(-1, 1, 8).reshape(4, 2)
+    before = dict(pyro.get_param_store().named_parameters())
+    options = {"num_samples": 2, "warmup_steps": 2, "num_chains": 2, "seed": 0, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InferenceWarning)
+        draws = sample(model, x, method="chees", vectorize="vmap", **options)
+    assert draws.values["random.weight"].shape == (2, 2, 1, 2)
+    assert not model.scale.requires_grad and model.plain.weight.requires_grad
+    assert dict(pyro.get_param_store().named_parameters()) == before
+
+
+@pytest.mark.parametrize("kind", [AutoIAFNormal, AutoNormal])
+def test_a_flow_of_pyros_learns_and_leaves_nothing_in_the_store(kind):
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    guide = kind(model)
+    with own_parameters(guide):
+        guide(torch.zeros(4, 2))
+    start = [p.detach().clone() for p in guide.parameters()]
+    result = fit(model, guide, torch.ones(4, 2), epochs=2, validation=None, seed=0, progress=False)
+    assert result.stopped == "epochs" and not list(pyro.get_param_store().keys())
+    assert any(not torch.equal(p, old) for p, old in zip(guide.parameters(), start, strict=True))

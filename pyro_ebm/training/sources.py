@@ -270,7 +270,10 @@ class _Loader:
             seen = True
             yield _on(device, _checked(self.name, self.ordered(batch)))
         if not seen:
-            raise ValueError(f"{self.name}: the DataLoader gave no batch; a stream must begin anew at each pass")
+            raise ValueError(
+                f"{self.name}: the DataLoader gave no batch; a stream must begin anew at each pass, and with "
+                f"drop_last=True there must be as many data as a batch has"
+            )
 
     def split(self, share: float, seed: int) -> tuple[Source, Source | None]:
         return self, None

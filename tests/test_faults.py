@@ -1,8 +1,9 @@
-"""Data of another precision than the model's parameters are named by whoever is called."""
+"""Data of another precision than the model's parameters, or with NaN, are named by whoever is called."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -75,6 +76,19 @@ def test_data_of_another_precision_are_named(name, x):
     told = rf"^[\w.]*{name.split()[0]}: the parameters of Doubles are float64, and .* some are float32 .*x.to\("
     with pytest.raises(InputError, match=told):
         CALLS[name](Doubles(), x)
+
+
+def test_missing_data_are_named():
+    own, x = Doubles().float(), X.clone()
+    x[2, 1] = torch.nan
+    options = {"num_samples": 4, "seed": 0}
+    for call in (
+        lambda: fit_tilt(tilted(own), own.guide, x, max_steps=1, **FEW),
+        lambda: log_likelihood(own.model, own.guide, x, **options),
+        lambda: posterior_draws(own.model, own.guide, pd.DataFrame(x.numpy()), **options),
+    ):
+        with pytest.raises(InputError, match=r"the data hold 1 NaN of 18 values, in rows \[2\]"):
+            call()
 
 
 def test_whole_numbers_are_named():

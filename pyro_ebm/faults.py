@@ -1,4 +1,4 @@
-"""Data and a model's parameters of two precisions, which torch tells of without saying whose they are."""
+"""What torch and Pyro say of data within a model, by whose they are: of two precisions, or with NaN among them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.utils import _pytree as pytree
 from pyro_ebm.arrays import as_tensor
 from pyro_ebm.modules import modules_of
 
-__all__ = ["of_two_precisions"]
+__all__ = ["told_of_data"]
 
-_TOLD = ("dtype", "scalar type")
+_OF_PRECISION = ("dtype", "scalar type")
 
 
-def of_two_precisions(error: Exception, given: Any) -> str | None:
-    """What to say where torch refuses data of another precision than the parameters that meet them.
+def told_of_data(error: Exception, given: Any) -> str | None:
+    """What to say where a model fails by its data: their precision is not that of the parameters, or they hold NaN.
 
     Args:
         error: what the model, its guide or its network raised.
@@ -26,10 +26,27 @@ def of_two_precisions(error: Exception, given: Any) -> str | None:
     Returns:
         None where it is about something else, or nobody can see whose numbers they are.
     """
-    said = str(error).partition("\n")[0]
-    if not any(word in said for word in _TOLD):
+    said, leaves = str(error).partition("\n")[0], pytree.tree_leaves(given)
+    if type(error) is RuntimeError and any(word in said for word in _OF_PRECISION):
+        return _of_precision(said, leaves)
+    if type(error) is ValueError and "satisfy the constraint" in said and "nan" in str(error):
+        return _of_nan(said, leaves)
+    return None
+
+
+def _of_nan(said: str, leaves: list[Any]) -> str | None:
+    held = [leaf for leaf in map(_tensor, leaves) if leaf is not None and bool(leaf.isnan().any())]
+    if not held:
         return None
-    leaves = pytree.tree_leaves(given)
+    rows = held[0].reshape(len(held[0]), -1).isnan().any(1).nonzero().flatten().tolist() if held[0].ndim else []
+    where = f", in rows {rows[:5]}{' and others' if len(rows) > 5 else ''}" if rows else ""
+    return (
+        f"the data hold {int(held[0].isnan().sum())} NaN of {held[0].numel()} values{where} ({said}): remove these "
+        f"rows, or fill them in and give the model a mask as a further argument"
+    )
+
+
+def _of_precision(said: str, leaves: list[Any]) -> str | None:
     modules = {id(module): module for leaf in leaves for module in _behind(leaf)}.values()
     own = {p.dtype: type(module).__name__ for module in modules for p in module.parameters() if p.is_floating_point()}
     other = [leaf.dtype for leaf in map(_tensor, leaves) if leaf is not None and leaf.dtype not in own]
