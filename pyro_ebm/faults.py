@@ -1,4 +1,4 @@
-"""What torch and Pyro say of data within a model, by whose they are: of two precisions, or with NaN among them."""
+"""What torch says of numbers within a model, by whose they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OF_PRECISION = ("dtype", "scalar type")
 
 
 def told_of_data(error: Exception, given: Any) -> str | None:
-    """What to say where a model fails by its data: their precision is not that of the parameters, or they hold NaN.
+    """What to say where a model fails by its data: their precision is not that of the parameters.
 
     Args:
         error: what the model, its guide or its network raised.
@@ -29,21 +29,7 @@ def told_of_data(error: Exception, given: Any) -> str | None:
     said, leaves = str(error).partition("\n")[0], pytree.tree_leaves(given)
     if type(error) is RuntimeError and any(word in said for word in _OF_PRECISION):
         return _of_precision(said, leaves)
-    if type(error) is ValueError and "satisfy the constraint" in said and "nan" in str(error):
-        return _of_nan(said, leaves)
     return None
-
-
-def _of_nan(said: str, leaves: list[Any]) -> str | None:
-    held = [leaf for leaf in map(_tensor, leaves) if leaf is not None and bool(leaf.isnan().any())]
-    if not held:
-        return None
-    rows = held[0].reshape(len(held[0]), -1).isnan().any(1).nonzero().flatten().tolist() if held[0].ndim else []
-    where = f", in rows {rows[:5]}{' and others' if len(rows) > 5 else ''}" if rows else ""
-    return (
-        f"the data hold {int(held[0].isnan().sum())} NaN of {held[0].numel()} values{where} ({said}): remove these "
-        f"rows, or fill them in and give the model a mask as a further argument"
-    )
 
 
 def _of_precision(said: str, leaves: list[Any]) -> str | None:

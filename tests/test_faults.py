@@ -87,7 +87,7 @@ def test_missing_data_are_named():
         lambda: log_likelihood(own.model, own.guide, x, **options),
         lambda: posterior_draws(own.model, own.guide, pd.DataFrame(x.numpy()), **options),
     ):
-        with pytest.raises(InputError, match=r"the data hold 1 NaN of 18 values, in rows \[2\]"):
+        with pytest.raises(InputError, match=r"NaN in argument 0 \(1 of 18 numbers\)"):
             call()
 
 
