@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import math
 import warnings
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.checks import real_numbers
+from pyro_ebm.imports import whole_import
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def quiet_import(name: str) -> ModuleType:
     """Import a module without the announcements ArviZ makes on import (a FutureWarning once a day)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module(name)
+        return whole_import(name)
 
 
 def psis(log_weights: Tensor | NDArray[Any]) -> tuple[Tensor, float]:

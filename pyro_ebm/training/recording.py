@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.graphs import chosen_by_values, results_of, simplified, varying
+from pyro_ebm.imports import whole_import
 from pyro_ebm.numerics import FailuresAsNaN
 from pyro_ebm.tilts.listeners import weights_reported_to
 
@@ -61,6 +62,7 @@ def recorded(
             valid = torch.stack([check.all() for check in watch.checks]).all() if watch.checks else None
             return (value.detach(), valid, *gradients)
 
+    whole_import("torch._inductor")  # which make_fx needs
     graph = make_fx(run)(*batch)
     with torch.no_grad():
         results = results_of(graph, *batch)

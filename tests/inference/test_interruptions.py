@@ -119,3 +119,20 @@ def test_what_was_done_is_returned(name, monkeypatch):
         found = LONG[name]()
     values = found.values.values() if hasattr(found, "values") else (found.value,)
     assert all(bool(value.isfinite().all()) for value in values) and len(calls) > 20
+
+
+@pytest.mark.parametrize("method", ["nuts", "hmc"])
+def test_ctrl_c_while_starting_points_are_sought(method):
+    """Draws so far of an importance sampler are no draws of these chains: they do not begin."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        runs.append(float(z))  # read: one run after another
+        if len(runs) == 60:
+            raise KeyboardInterrupt
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+    runs: list[float] = []
+    with pytest.raises(KeyboardInterrupt, match="there are no draws yet"):
+        sample(model, method=method, num_samples=20, num_chains=2, seed=0, progress=False)
+    assert len(runs) == 60

@@ -18,6 +18,7 @@ from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import check_seconds, limited, stopped_by, time_left, time_limit
 from pyro_ebm.devices import one_thread
 from pyro_ebm.entry import entry
+from pyro_ebm.errors import interruption_told
 from pyro_ebm.inference.chains.recording import (
     CountedPotential,
     RecordedChain,
@@ -193,7 +194,8 @@ class _Run:
     ) -> Draws:
         start = time.perf_counter()
         model = unnormalized(model)
-        with limited(self.max_seconds), random_stream(self.seed), frozen(model), quiet_jit():
+        told = interruption_told("interrupted before the first step: there are no draws yet")
+        with told, limited(self.max_seconds), random_stream(self.seed), frozen(model), quiet_jit():
             # Validates the user's model, once and without its tilt; Pyro's own runs do not.
             trace = prototype_trace(untilted(model), args, kwargs)
             check_no_subsampling(trace)

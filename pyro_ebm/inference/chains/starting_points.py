@@ -14,6 +14,7 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
+from pyro_ebm.deadline import interruptions_pass
 from pyro_ebm.errors import InferenceWarning
 from pyro_ebm.inference.chains.starts import LEAST_WORTH
 from pyro_ebm.inference.draws import Draws
@@ -57,7 +58,8 @@ class StartingPoints:
             return self._given(init), "given"
         if init not in INITS:
             raise ValueError(f"init must be one of {INITS} or a mapping of values, got {init!r}")
-        points = self._resampled(guide) if init == "importance" else None
+        with interruptions_pass():  # draws so far are no starting points
+            points = self._resampled(guide) if init == "importance" else None
         if points is None or self._first_bad(points) is not None:
             return self._uniform(), "uniform"
         return points, "importance"

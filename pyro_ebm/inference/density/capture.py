@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_ebm.deadline import check_time
 from pyro_ebm.errors import InferenceError
 from pyro_ebm.graphs import chosen_by_values, results_of, simplified, varying
+from pyro_ebm.imports import whole_import
 from pyro_ebm.inference.density.masked_writes import without_masked_writes
 from pyro_ebm.numerics import FailuresAsNaN, failed_numerically, function_by_rows
 
@@ -70,6 +71,7 @@ def captured(function: _Function, u: Tensor, *, compile: bool = False) -> Captur
             return tuple(function(point))
 
     try:
+        whole_import("torch._inductor")  # which make_fx needs
         graph = make_fx(recorded)(u)
         results = results_of(graph, u)
         without_masked_writes(graph, results)
