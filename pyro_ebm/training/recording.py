@@ -217,6 +217,8 @@ def _state_of(owner: Any, seen: set[int], depth: int = 0) -> Iterator[Any]:
             seen.add(id(module))
             for name, value in vars(module).items():
                 yield from _item((path, name), value, seen, depth)
+            for method in vars(type(module)).values() if _is_users(type(module)) else ():
+                yield from _state_of(method, seen, depth + 1) if isinstance(method, types.FunctionType) else ()
     elif isinstance(owner, types.MethodType):
         yield from _state_of(owner.__self__, seen, depth)
         yield from _state_of(owner.__func__, seen, depth)
@@ -245,6 +247,12 @@ def _of_function(function: types.FunctionType, seen: set[int], depth: int) -> It
 def _item(name: Any, value: Any, seen: set[int], depth: int) -> Iterator[Any]:
     if isinstance(value, np.ndarray):
         yield name, id(value), value.tobytes()
+    elif isinstance(value, np.random.Generator):
+        yield name, repr(value.bit_generator.state)
+    elif isinstance(value, random.Random):
+        yield name, value.getstate()
+    elif isinstance(value, torch.Generator):
+        yield name, value.get_state().tolist()
     elif isinstance(value, _LISTS):
         inner = value.values() if isinstance(value, dict) else value
         yield name, len(value), [_plain(each) for each in inner if isinstance(each, (*_PLAIN, Tensor))]
