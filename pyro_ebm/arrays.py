@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Array", "as_tensor", "as_tensors", "holds_arrays"]
+__all__ = ["Array", "as_tensor", "as_tensors", "dense", "holds_arrays"]
 
 
 class _Table(Protocol):
@@ -50,7 +50,8 @@ def as_tensor(value: Any) -> Any:
 
     Floating-point numbers take torch's default dtype, for numpy's is double whether one wants it or not; whole numbers
     and booleans keep theirs, and so do tensors. Always a copy, on torch's default device: later changes of the array
-    are not seen. Missing values of a table become NaN.
+    are not seen. Missing values of a table and masked ones of an array become
+    NaN.
 
     Args:
         value: a numpy array or scalar; a pandas Series (n,), Index (n,) or DataFrame (n, columns).
@@ -67,11 +68,21 @@ def as_tensor(value: Any) -> Any:
     return value
 
 
+def dense(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, which is to be cut into rows; TypeError for a sparse or nested one."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} is a tensor of layout {tensor.layout}, of which rows cannot be taken: x.to_dense()")
+    return tensor
+
+
 def _is_table(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "to_numpy")
 
 
 def _tensor(array: np.ndarray) -> Tensor:
+    if isinstance(array, np.ma.MaskedArray):  # whose values are there, under the mask
+        mask = np.ma.getmaskarray(array)
+        array = np.where(mask, np.nan, array.data) if mask.any() else array.data
     # torch takes neither negative strides nor the other byte order.
     array = np.ascontiguousarray(array).reshape(array.shape)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pyro_ebm
+from pyro_ebm import VAE, MLPEnergy, fit, fit_tilt, log_likelihood, tilt
 from pyro_ebm.arrays import as_tensor, as_tensors
 
 FRAME = pd.DataFrame({"a": [1, 2], "b": [0.5, -1.0]})
@@ -124,3 +125,19 @@ def test_functions_that_own_data_take_arrays(name):
     assert torch.equal(OWNERS[name](ROWS.double().numpy(), LABELS.numpy()), expected)
     if name not in ("class_balance", "density_ratio"):  # these tests take slices
         assert torch.equal(OWNERS[name](pd.DataFrame(ROWS.numpy()), pd.Series(LABELS.numpy())), expected)
+
+
+def test_masked_entries_of_an_array_are_missing():
+    whole = np.ma.masked_array([[1, 2], [3, 4]], [[False, False], [True, False]])
+    assert torch.equal(as_tensor(whole).isnan(), torch.tensor([[False, False], [True, False]]))
+    assert torch.equal(as_tensor(np.ma.masked_array([1, 2])), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="must be finite, got 1 NaN"):
+        fit(VAE((2,), 1).model, VAE((2,), 1).guide, whole / 4)
+
+
+@pytest.mark.parametrize("function", [fit, log_likelihood, fit_tilt])
+def test_sparse_data_are_named(function):
+    vae = VAE((2,), 1)
+    model = tilt(vae.model, {"z": MLPEnergy((1,))}) if function is fit_tilt else vae.model
+    with pytest.raises(TypeError, match=r"layout torch.sparse_coo, .* x.to_dense\(\)"):
+        function(model, vae.guide, torch.eye(2).to_sparse())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.arrays import as_tensor
+from pyro_ebm.arrays import as_tensor, dense
 
 __all__ = [
     "Tensors",
@@ -36,6 +36,7 @@ def checked_data(name: str, data: Any) -> Tensors:
             f"{name} must be a tensor, an array or a table, or a tuple of these, got "
             f"{', '.join(kinds) or 'an empty tuple'}; convert with torch.as_tensor"
         )
+    tensors = tuple(dense(name, tensor) for tensor in tensors)
     lengths = [t.shape[0] if t.ndim else None for t in tensors]
     if len(set(lengths)) > 1 or None in lengths or 0 in lengths:
         raise ValueError(

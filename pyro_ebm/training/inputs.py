@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from pyro_ebm.arrays import as_tensor
+from pyro_ebm.arrays import as_tensor, dense
 from pyro_ebm.keywords import argument_names
 
 __all__ = ["as_arguments", "in_memory", "row_batches"]
@@ -110,6 +110,7 @@ def _rows(name: str, data: Any) -> Tensors:
     if not parts or not all(isinstance(part, Tensor) for part in parts):
         kinds = ", ".join(type(part).__name__ for part in parts) or "nothing"
         raise TypeError(f"{name} must be {_KINDS}, got {kinds}")
+    parts = tuple(dense(name, part) for part in parts)
     sizes = {part.shape[0] if part.ndim else None for part in parts}
     if len(sizes) > 1 or not all(sizes):
         raise ValueError(

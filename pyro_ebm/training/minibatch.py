@@ -270,14 +270,14 @@ class _Look(Messenger):
         self.scales[name] = _mean(msg["scale"])
         if msg["is_observed"]:
             with suppress(Exception):  # a density that cannot be had decides nothing
-                self.densities[name] = float(msg["fn"].log_prob(value).sum())
+                self.densities[name] = float(msg["fn"].log_prob(value).detach().sum())
 
     def _pyro_post_param(self, msg: Any) -> None:
         self.params[msg["name"]] = None
 
 
 def _mean(scale: Any) -> float:
-    return float(scale.float().mean()) if isinstance(scale, Tensor) else float(scale)
+    return float(scale.detach().float().mean()) if isinstance(scale, Tensor) else float(scale)
 
 
 def _look(

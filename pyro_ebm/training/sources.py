@@ -251,6 +251,7 @@ class _Loader:
 
     def __init__(self, name: str, loader: DataLoader, ordered: Callable[[Any], Any]) -> None:
         self.name, self.loader, self.ordered = name, loader, ordered
+        self.looked_at: Tensors | None = None  # of a stream that has but one iterator, which looking moves on
 
     def num_data(self) -> int | None:
         try:
@@ -265,10 +266,17 @@ class _Loader:
             return 1
 
     def batches(self, size: int, device: torch.device, order: torch.Generator | None = None) -> Iterator[Tensors]:
+        before, self.looked_at = self.looked_at, None
         seen = False
         for batch in self.loader:
+            found = _checked(self.name, self.ordered(batch))
+            if not seen and before is not None and not _same(before, found):
+                yield _on(device, before)
             seen = True
-            yield _on(device, _checked(self.name, self.ordered(batch)))
+            yield _on(device, found)
+        if not seen and before is not None:
+            seen = True
+            yield _on(device, before)
         if not seen:
             raise ValueError(
                 f"{self.name}: the DataLoader gave no batch; a stream must begin anew at each pass, and with "
@@ -283,7 +291,11 @@ class _Loader:
         states = [(generator, generator.get_state()) for generator in own]
         try:
             with forked_rng(0):
-                return next(self.batches(size, torch.device("cpu")))
+                batch = next(self.batches(size, torch.device("cpu")))
+            stream = self.loader.dataset
+            if isinstance(stream, IterableDataset) and iter(stream) is iter(stream):
+                self.looked_at = batch
+            return batch
         finally:
             for generator, state in states:
                 generator.set_state(state)
@@ -298,6 +310,10 @@ def _order(num: int, size: int, order: torch.Generator | None) -> Tensor | None:
     if order is None or size >= num:
         return None
     return torch.randperm(num, generator=order, device=order.device)
+
+
+def _same(one: Tensors, other: Tensors) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b.to(a.device)) for a, b in zip(one, other, strict=True))
 
 
 def _part(value: Any) -> Any:

@@ -164,3 +164,27 @@ def test_all_data_at_once_come_in_their_order(data):
     line = Line()
     fit(line.model, line.guide, data, epochs=3, validation=None, seed=0, progress=False)
     assert len(line.seen) == 3 and all(torch.equal(x, X) for x in line.seen)
+
+
+class OneIterator(IterableDataset):
+    """A stream that begins anew at each pass, or never."""
+
+    def __init__(self, num, anew):
+        self.rows, self.anew = list(zip(X[:num], Y[:num], strict=True)), anew
+        self.left = iter(self.rows)
+
+    def __iter__(self):
+        self.left = iter(self.rows) if self.anew else self.left
+        return self
+
+    def __next__(self):
+        return next(self.left)
+
+
+@pytest.mark.parametrize("num", [20, 4])
+@pytest.mark.parametrize("anew", [True, False])
+def test_looking_at_a_stream_loses_none_of_it(num, anew):
+    line = Line()
+    stream = DataLoader(OneIterator(num, anew), batch_size=4)
+    fit(line.model, line.guide, stream, epochs=1, validation=None, seed=0, progress=False)
+    assert torch.equal(torch.cat(line.seen), X[:num])
