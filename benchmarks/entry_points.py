@@ -387,7 +387,7 @@ def by_fit(case: Case, seed: int) -> str | None:
     try:
         for _ in range(steps):
             svi.step(*data)
-    except (ValueError, NotImplementedError):
+    except (ValueError, NotImplementedError, RuntimeError):
         return "no answer known"  # Pyro's own guide or checks do not serve it
     theirs = torch.tensor([Trace_ELBO().loss(model, stock, *data) for _ in range(200)])
     pyro.clear_param_store()
