@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import agree, case, contenders, measure, reading, references, report, targets, weights
+from benchmarks import agree, case, contenders, entry_points, measure, reading, references, report, targets, weights
 from benchmarks.measure import Reference, Run, measures
 from pyro_ebm import LogDensity
+from tests.zoo.cases import CASES
 
 SMALL = ("gaussian_10d", "eight_schools", "logistic_25")
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs the bench extra")
@@ -198,3 +200,31 @@ class TestContenders:
         assert row["draws"] == 40
         assert row["ess"] > 100
         assert row["gradients"] >= 32 * 40
+
+
+class TestEntryPoints:
+    """The table of users' models: a cell says what came of it, and a number that is off does not pass."""
+
+    CASES = {case.name: case for case in CASES}
+
+    @pytest.mark.parametrize(
+        ("model", "entry", "expected"),
+        [
+            ("one_plate", "snis", "right"), ("one_plate", "log_normalizer", "right"), ("one_plate", "tilt", "right"),
+            ("subsampled_plate", "auto", "refused"), ("subsampled_plate", "predictive", "refused"),
+            ("earnings_on_height", "snis", "warned"),
+        ],
+    )  # fmt: skip
+    @pytest.mark.filterwarnings("ignore::pyro_ebm.InferenceWarning")
+    @pytest.mark.uses_global_rng
+    @pytest.mark.uses_param_store
+    def test_cells(self, model, entry, expected):
+        assert entry_points.cell(self.CASES[model], entry)["result"].split(", ")[-1] == expected
+
+    @pytest.mark.uses_global_rng
+    @pytest.mark.uses_param_store
+    def test_a_wrong_answer_is_seen(self):
+        wrong = dataclasses.replace(self.CASES["one_plate"], answers={"z": (9.0, 1.0)})
+        assert entry_points.cell(wrong, "snis")["result"] == "wrong"
+        rows = [{"model": "one_plate", "entry": "snis"} | entry_points.cell(wrong, "snis")]
+        assert "| one_plate | **wrong** |" in entry_points.report(rows)
