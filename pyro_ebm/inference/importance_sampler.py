@@ -18,6 +18,7 @@ from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
     Layout,
+    check_data,
     check_drawable,
     check_no_subsampling,
     drawn_log_prob,
@@ -77,6 +78,7 @@ class ImportanceSampler:
         trace = prototype_trace(base, args, kwargs)
         if not per_datum:
             check_no_subsampling(trace)
+            check_data(trace)
         self.layout, self.observed = Layout.of(trace), observed_sites(trace)
         self.sites = list(latent_sites(trace))
         if not self.sites and not per_datum:  # log_likelihood of a model without any is exact

@@ -325,14 +325,21 @@ def check_data(trace: poutine.Trace) -> None:
 
 
 def _check_inside(name: str, site: Mapping[str, Any]) -> None:
-    """Only of half lines that depend on no parameter: gray images as data of a Bernoulli are meant."""
+    """Only of half lines that depend on no parameter, and of the ends of a beta distribution's interval.
+
+    Gray images as data of a Bernoulli are meant.
+    """
     fn = site["fn"]
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
-    support = getattr(type(fn), "support", None)
-    if site["mask"] is not None or not isinstance(support, _HALF_LINES):
+    if site["mask"] is not None:
         return
-    outside = ~support.check(site["value"])
+    if isinstance(fn, torch.distributions.Beta):
+        support, outside = "0 < y < 1", (site["value"] <= 0) | (site["value"] >= 1)
+    elif isinstance(found := getattr(type(fn), "support", None), _HALF_LINES):
+        support, outside = str(found), ~found.check(site["value"])
+    else:
+        return
     if bool(outside.any()):
         raise InputError(
             f"{int(outside.sum())} of {outside.numel()} data of site {name!r} lie outside the support of "

@@ -448,6 +448,26 @@ def test_what_is_wrong_with_the_call_is_no_reason_to_try_another_method(monkeypa
         sample(model, y, **options, **QUIET)
 
 
+def share_of(y):
+    a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Beta(a, 2.0), obs=y)
+
+
+@pytest.mark.parametrize("method", ["auto", "snis", "chees", "smc", "nuts"])
+@pytest.mark.parametrize(
+    ("model", "y", "message"),
+    [
+        (mean_of, torch.tensor([0.0, math.nan, 1.0]), "the data of site 'y' hold NaN in 1 of 3 numbers"),
+        (rate_of, torch.tensor([1.0, -1.0, 2.0]), "1 of 3 data of site 'y' lie outside the support of Exponential"),
+        (share_of, torch.tensor([0.0, 0.3, 1.0]), "2 of 3 data of site 'y' lie outside the support of Beta, 0 < y < 1"),
+    ],
+)
+def test_data_without_density_are_named_by_every_method(method, model, y, message):
+    with pytest.raises(InputError, match=message):
+        sample(model, y, method=method, **QUIET)
+
+
 def test_data_at_which_a_model_may_have_density_pass():
     """Masked ones, gray images as Bernoulli's, and numbers outside of a support that moves."""
 

@@ -69,8 +69,9 @@ def _cause(sites: list[str], observed: Mapping[str, Tensor]) -> str:
     direction = f", in the direction of the site(s) {sites}" if sites else ""
     return (
         f"{direction}: look for a torch.where() with a branch that is not finite (its gradient counts although it is "
-        f"not chosen), sqrt() or norm() at 0, log(0), or data with NaN; importance sampling (method=\"snis\") needs "
-        f"no gradient"
+        f"not chosen), sqrt() or norm() at 0, log(0), data with NaN, or a prior so vague that its draws are 0 or "
+        f"infinite in floating point (Gamma(0.001, 0.001)): a tighter one, or chains, which start elsewhere; "
+        f"importance sampling (method=\"snis\") needs no gradient"
     )
 
 

@@ -25,6 +25,7 @@ from pyro_ebm.structure import (
     Layout,
     Wrapped,
     candidate_ways,
+    check_data,
     check_drawable,
     check_no_subsampling,
     drawn_log_prob,
@@ -89,6 +90,7 @@ class ModelTarget:
         if not self.sites:
             raise ValueError("the model has no continuous latent sample sites: nothing to sample")
         check_no_subsampling(trace)
+        check_data(trace)
         self.like = _common([trace.nodes[site.name]["value"] for site in self.sites])
         self.observed = observed_sites(trace)
         self._masks = latent_masks(trace)
