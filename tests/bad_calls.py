@@ -198,6 +198,7 @@ def good_calls() -> dict[str, Good]:
         "QuadraticEnergy": Good(pe.QuadraticEnergy, (), {"c": 1.0}),
         "ReconstructionEnergy": Good(pe.ReconstructionEnergy, (), {"energy": weights, "vae": VAE_}),
         "ReplayBuffer": Good(pe.ReplayBuffer),
+        "CapturedLoss": Good(pe.CapturedLoss),
         "RunningControl": Good(pe.RunningControl, (), {"objective": pe.TiltELBO()}),
         "SMC": Good(_smc, (), {"target": density(), "particles_per_island": 16, "num_islands": 2, **_QUIET,
                                "annealing": pe.Annealing(base=BASE)}),

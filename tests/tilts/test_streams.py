@@ -196,7 +196,7 @@ def test_each_step_of_a_training_sees_draws_of_its_own(base, guide, kind):
     steps = 3 * 3  # 36 data
     once = [each for each in kinds if kinds.count(each) == 1]
     assert steps <= len(once) <= steps + 1  # fit may look at the loss once before
-    assert len(set(kinds)) == len(once) + 8 + 1  # the eight draws of validation, and those of fit's first look
+    assert len(set(kinds)) - len(once) - 8 in (1, 2)  # the eight draws of validation, and those of fit's first looks
 
 
 def test_validation_moves_no_more_than_the_weights():
