@@ -240,6 +240,6 @@ def _label_ess(labels: Tensor, classes: Sequence[int], num_chains: int) -> float
 
 def test_likelihood(config: DebiasConfig, model: Any, vae: VAE, images: Tensor) -> LogLikelihood:
     """Log likelihood of the first test images."""
-    num_images, num_samples = (50, 100) if config.quick else (500, 500)
+    num_images, num_samples = (50, 100) if config.quick else (500, 2000)
     images = images[:num_images].to(next(vae.parameters()).device)
     return log_likelihood(model, vae.guide, images, num_samples=num_samples, seed=config.seed)
