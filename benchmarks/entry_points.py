@@ -132,7 +132,8 @@ def attempt(case: Case, entry: str, seed: int) -> tuple[str, str]:
             result, text = "wrong", str(off)
         except Exception as error:
             kind = "refused" if is_ours(error) else "raw error"
-            if kind == "refused" and time.perf_counter() - began > LIMIT_OF_REFUSALS:
+            spent = "max_seconds" in str(error)  # the limit of time itself, told
+            if kind == "refused" and not spent and time.perf_counter() - began > LIMIT_OF_REFUSALS:
                 kind = "late"
             return kind, f"{type(error).__name__}: {error}"
     limit = METHODS.get(entry, {}).get("max_seconds")
