@@ -18,7 +18,7 @@ def test_every_folder_has_a_budget_and_all_together_keep_the_rule():
     folders = {f"tests/{path.name}/" for path in TESTS.iterdir() if any(path.rglob("test_*.py"))}
     assert not folders - allowed.keys(), "give the folder a row in CONTRIBUTING.md, of the seconds that are left"
     assert sum(quick for quick, _ in allowed.values()) <= MOST, "see CONTRIBUTING.md: the suite in six minutes"
-    assert sum(slow for _, slow in allowed.values()) <= MOST / 2
+    assert sum(slow for _, slow in allowed.values()) <= MOST * 0.6
 
 
 def test_time_is_charged_to_the_folder_a_test_lies_in():

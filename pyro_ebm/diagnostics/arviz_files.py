@@ -51,7 +51,8 @@ def save_arviz(tree: Any, path: str | Path) -> Path:
         raise ValueError(f"path: the folder {target.parent} does not exist; create it first")
     try:
         # Not into the file: HDF5 that cannot write to it takes the interpreter down.
-        content = data.to_netcdf(None, engine="h5netcdf", encoding=_compressed(data))
+        with memoryview(data.to_netcdf(None, engine="h5netcdf", encoding=_compressed(data))) as written:
+            content = bytes(written)  # a view that outlives its buffer takes it down, too
         with xr.open_datatree(_opened(content), engine="h5netcdf") as again:
             different = _difference(data, again.load())
     except (OSError, MemoryError):

@@ -84,8 +84,8 @@ def quadrature(
         )
     num = (2048 if density.dim == 1 else 256) if num_points is None else num_points
     whole_number("num_points", num, at_least=3)
-    if not radius > 0:
-        raise ValueError(f"radius must be positive, got {radius}")
+    if not 0 < radius < math.inf:
+        raise ValueError(f"radius must be positive and finite, got {radius}")
     box, evaluations = _find_mass(density, radius, 1024 if density.dim == 1 else 128)
     points, log_prob, log_z, error = _on_grid(density, box, num)
     for _ in range(_REFINED if num_points is None else 0):

@@ -38,13 +38,13 @@ class Batches:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        whole_number("batch_size", self.size)
+        whole_number("size", self.size)
         whole_number("accumulate", self.accumulate)
 
     @classmethod
     def of(cls, given: int | Batches) -> Batches:
         """What was given; a number as minibatches of that size."""
-        return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
+        return given if isinstance(given, cls) else cls(whole_number("batch_size", given))
 
 
 @checked

@@ -215,7 +215,7 @@ def test_three_dimensions_are_refused():
 
 @pytest.mark.parametrize("option, value", [("num_points", 2), ("radius", 0.0)])
 def test_impossible_grids_are_refused(option, value):
-    limit = "positive" if option == "radius" else "a whole number of at least 3"
+    limit = "positive and finite" if option == "radius" else "a whole number of at least 3"
     with pytest.raises(ValueError, match=f"{option} must be {limit}, got {value}"):
         quadrature(standard(1), **{option: value})
 

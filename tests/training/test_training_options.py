@@ -155,7 +155,7 @@ def test_minibatches_add_up_to_a_step(objective, size):
     assert second.train_loss == pytest.approx(first.train_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize(("change", "match"), [({"size": 0}, "batch_size"), ({"accumulate": 0}, "accumulate")])
+@pytest.mark.parametrize(("change", "match"), [({"size": 0}, "size"), ({"accumulate": 0}, "accumulate")])
 def test_impossible_batches(change, match):
     with pytest.raises(ValueError, match=f"{match} must be a whole number of at least 1"):
         Batches(**change)
