@@ -428,7 +428,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         found = [results.get((model, entry), {"result": ""})["result"] for entry in entries]
         lines.append(f"| {model} | " + " | ".join(f"**{one}**" if one in BAD else one for one in found) + " |")
     lines += ["", "## What was refused, and what was told", ""]
-    lines += [f"- {row['model']}, {row['entry']}: {row['result']}: {row['text'][:300]}" for row in rows if row["text"]]
+    lines += [f"- {row['model']}, {row['entry']}: {row['result']}: {row['text'][:160]}" for row in rows if row["text"]]
     return "\n".join(lines) + "\n"
 
 
