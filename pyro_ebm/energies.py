@@ -344,8 +344,6 @@ def gaussian_log_normalizer(energy: LinearEnergy | QuadraticEnergy, loc: Tensor,
     loc, scale = torch.broadcast_tensors(loc, scale)
     if isinstance(energy, LinearEnergy):
         return (energy.a * loc + 0.5 * (energy.a * scale) ** 2).sum(-1)
-    if not isinstance(energy, QuadraticEnergy):
-        raise TypeError(f"energy must be a LinearEnergy or QuadraticEnergy, got {type(energy).__name__}")
     spread = 1 + energy.c * scale**2
     if (spread <= 0).any():
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_ebm.annotations import checked
 from pyro_ebm.arrays import Array, as_tensor
-from pyro_ebm.checks import finite_numbers, real_numbers, whole_number
+from pyro_ebm.checks import finite_numbers, real_numbers
 from pyro_ebm.randomness import numpy_seed
 
 __all__ = [
@@ -219,7 +219,6 @@ def class_balance(
     weights = _checked_weights(labels, names, as_tensor(weights))
     if not 0.0 < prob < 1.0:
         raise ValueError(f"prob must lie strictly between 0 and 1, got {prob}")
-    whole_number("num_bootstrap", num_bootstrap)
     if ess is None:  # exactly n without weights, where the formula would round
         ess = n if equal else float(1.0 / weights.square().sum())
     if not (math.isfinite(ess) and ess > 0.0):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyro_ebm.annotations import checked
 from pyro_ebm.arviz_statistics import importance_ess, psis
-from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import stopped_by
 from pyro_ebm.entry import entry
 from pyro_ebm.errors import warn_user
@@ -91,8 +90,6 @@ def predictive(
     kwargs = dict(model_kwargs or {})
     if draws is None and any(isinstance(arg, Draws | MCMC | AbstractMCMC) for arg in args):
         raise TypeError("predictive() takes draws by keyword, after the model's arguments: draws=...")
-    if num_samples is not None:
-        whole_number("num_samples", num_samples)
     if draws is not None:
         draws = samples_as_draws(draws) if isinstance(draws, Mapping) else as_draws(draws)
     base, call = untilted(model), tilted_call(model, args, kwargs)

@@ -11,7 +11,6 @@ from typing import Any
 from torch.distributions import Distribution
 
 from pyro_ebm.annotations import checked
-from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import check_seconds
 from pyro_ebm.entry import entry
 from pyro_ebm.inference.annealing.smc import SMC
@@ -112,8 +111,6 @@ def sample(
             f'model must be a Pyro model for method="{method}", got {type(model).__name__}; sample it in a model, '
             f"pyro.sample(name, distribution), or use one of {(*_KERNELS, 'smc')}"
         )
-    if num_chains is not None:
-        whole_number("num_chains", num_chains)
     began = time.perf_counter()
     check_seconds(max_seconds)
     kwargs = dict(model_kwargs or {})

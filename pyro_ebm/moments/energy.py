@@ -51,10 +51,6 @@ class MomentEnergy(Energy):
         names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if not callable(features):
-            raise TypeError(
-                f"features must be a callable from (*batch, *event) to (*batch, k), got {type(features).__name__}"
-            )
         self.names = None if names is None else tuple(str(name) for name in names)
         self._features = FunctionEnergy(features)  # finds the modules behind a method
         self.register_parameter("multipliers", None)

@@ -125,8 +125,6 @@ def fit_moments(
         >>> round(float(fit.multipliers[0]), 4), round(float(fit.kl.value), 4)
         (0.371, 0.1782)
     """
-    if not isinstance(energy, MomentEnergy):
-        raise TypeError(f"energy must be a MomentEnergy(features), got {type(energy).__name__}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     whole_number("num_samples", num_samples, at_least=20 * _GROUPS)

@@ -81,8 +81,6 @@ class ContrastiveDivergence:
         gradient_penalty: float = 0.0,
     ) -> None:
         _require_kernel(kernel)
-        if buffer is not None and not isinstance(buffer, ReplayBuffer):
-            raise TypeError(f"buffer must be a ReplayBuffer or None, got {type(buffer).__name__}")
         self.kernel, self.num_steps, self.buffer = kernel, whole_number("num_steps", num_steps), buffer
         self.alpha = require_weight("alpha", alpha)
         self.gradient_penalty = require_weight("gradient_penalty", gradient_penalty)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_ebm.annotations import checked
-from pyro_ebm.checks import whole_number
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.kernels.adaptation import initial_tuning
 from pyro_ebm.inference.kernels.kernel import State
@@ -83,8 +82,6 @@ class ShortRun:
         posterior_step_size: float = 0.01,
         start: str = "base",
     ) -> None:
-        for name, number in {"prior_steps": prior_steps, "posterior_steps": posterior_steps}.items():
-            whole_number(name, number)
         for name, size in {"prior_step_size": prior_step_size, "posterior_step_size": posterior_step_size}.items():
             if not isinstance(size, int | float) or not 0 < size < math.inf:
                 raise ValueError(f"{name} must be a finite number above zero, got {size!r}")

@@ -93,8 +93,6 @@ def tilt(
     """
     if not isinstance(energies, Mapping) or not energies:
         raise ValueError(f"energies must be a non-empty mapping from site name to energy, got {energies!r}")
-    if not callable(model):
-        raise TypeError(f"model must be callable, got {type(model).__name__}")
     wrapped = {name: as_energy(energy, name=f"energies[{name!r}]") for name, energy in energies.items()}
     if isinstance(model, TiltedModel):
         inner = dict(model.energies.items())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_ebm import files
 from pyro_ebm.annotations import checked
-from pyro_ebm.checks import file_path, whole_number
+from pyro_ebm.checks import file_path
 from pyro_ebm.errors import CheckpointError
 from pyro_ebm.files import replacing
 
@@ -55,7 +55,6 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         file_path("path", self.path)
-        whole_number("every", self.every)
         if self.resume not in (True, False, "auto"):
             raise ValueError(f'resume must be True, False or "auto", got {self.resume!r}')
 
@@ -95,8 +94,6 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: the file cannot be written, or would not come back as it is.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     weights = dict(module.state_dict())
     empty = [name for name, value in weights.items() if isinstance(value, Tensor) and _holds_nothing(value)]
     if empty:
@@ -121,8 +118,6 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: the file is missing, damaged, carries code, or belongs to another module.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     payload = read(path, kind="weights")
     if payload.get("weights") and any(isinstance(m, AutoGuide) and m.prototype_trace is None for m in module.modules()):
         raise CheckpointError(

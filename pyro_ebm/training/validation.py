@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.annotations import checked
-from pyro_ebm.checks import whole_number
 from pyro_ebm.randomness import fingerprint, forked_rng
 from pyro_ebm.tilts.streams import log_z_stream
 from pyro_ebm.training.minibatch import Shares, num_data_of
@@ -55,7 +54,6 @@ class Validation:
     higher_is_better: bool = False
 
     def __post_init__(self) -> None:
-        whole_number("num_draws", self.num_draws)
         if not isinstance(self.metrics, Mapping) or not all(callable(metric) for metric in self.metrics.values()):
             raise TypeError(
                 f"metrics must map names to functions (model, guide, *batch) -> number, got {self.metrics!r}"

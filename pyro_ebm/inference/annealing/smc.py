@@ -101,7 +101,6 @@ class SMC:
         strict: bool = False,
     ) -> None:
         whole_number("particles_per_island", particles_per_island, at_least=2)
-        whole_number("num_islands", num_islands)
         one_source(seed, annealing.generator)
         check_seconds(max_seconds)
         if not callable(target) and not isinstance(target, Distribution):

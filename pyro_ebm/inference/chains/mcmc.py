@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.annotations import checked
 from pyro_ebm.arrays import Array
-from pyro_ebm.checks import whole_number
 from pyro_ebm.deadline import OutOfTime, check_seconds, finishing, limited
 from pyro_ebm.entry import entry
 from pyro_ebm.errors import interruption_told
@@ -146,14 +145,10 @@ class MCMC:
         **unknown: Any,
     ) -> None:
         refuse_foreign(unknown, type(self))
-        whole_number("num_samples", num_samples)
         starts: Mapping[str, Tensor] | Tensor | None = as_params(initial_params)
         batched = check_kernel(kernel, starts)
         if warmup_steps is None:
             warmup_steps = min(num_samples, _WARMUP) if batched else num_samples
-        for name, value, least in (("warmup_steps", warmup_steps, 0), ("num_chains", num_chains, 1), ("thin", thin, 1)):
-            if value is not None:
-                whole_number(name, value, at_least=least)
         one_source(seed, generator)
         check_seconds(max_seconds)
         warn_of_ignored(mp_context=mp_context, disable_validation=disable_validation, stock=not batched)

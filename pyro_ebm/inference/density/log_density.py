@@ -56,8 +56,6 @@ class LogDensity:
         batch: torch.Size = torch.Size(),  # noqa: B008  (immutable)
         like: Tensor | None = None,
     ) -> None:
-        if not callable(log_prob):
-            raise TypeError(f"log_prob must map (*chains, dim) to (*chains,), got {type(log_prob).__name__}")
         self.dim = whole_number("dim", dim)
         self.batch = torch.Size(batch)
         self.like = torch.empty(0) if like is None else like.new_empty(0)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, biject_to
 
 from pyro_ebm.annotations import checked
-from pyro_ebm.checks import whole_number
 from pyro_ebm.energies import Energy, as_energy
 from pyro_ebm.estimates import log_mean_exp
 from pyro_ebm.inference.density.log_density import LogDensity
@@ -65,7 +64,6 @@ def marginal_density(
         >>> density.dim, density(torch.zeros(5, 11)).shape
         (11, torch.Size([5]))
     """
-    whole_number("num_particles", num_particles)
     lacking = [name for name in ("prior", "encode", "decode") if not hasattr(vae, name)]
     if lacking:
         raise TypeError(f"vae must have prior, encode and decode, as VAE has; {type(vae).__name__} lacks {lacking}")

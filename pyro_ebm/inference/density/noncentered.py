@@ -62,8 +62,6 @@ def noncentered(model: Callable[..., Any]) -> Callable[..., Any]:
     """
     if isinstance(model, TiltedModel):
         return TiltedModel(noncentered(model.base_model), model.energies, model.normalize)
-    if not callable(model):
-        raise TypeError(f"model must be callable, got {type(model).__name__}")
     return model if isinstance(model, _Noncentered) else _Noncentered(model)
 
 

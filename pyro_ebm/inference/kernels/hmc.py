@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.annotations import checked
-from pyro_ebm.checks import whole_number
 from pyro_ebm.foreign import named_elsewhere
 from pyro_ebm.inference.kernels.kernel import (
     MAX_ENERGY_ERROR,
@@ -142,9 +141,6 @@ class HMC(Kernel):
         super().__post_init__()
         if self.trajectory_length is not None and not self.trajectory_length > 0:
             raise ValueError(f"trajectory_length must be positive, got {self.trajectory_length}")
-        for option in ("num_steps", "max_steps"):
-            if getattr(self, option) is not None:
-                whole_number(option, getattr(self, option))
 
     def whole_steps(self, num_steps: float, iteration: int) -> int:
         """Leapfrog steps of one trajectory, from trajectory length by step size."""
