@@ -26,7 +26,7 @@ from pyro_ebm.inference.kernels.hmc import ChEES
 from pyro_ebm.inference.resampling import effective
 from pyro_ebm.inference.until import Target, importance_until, judged, reported, run_until
 from pyro_ebm.randomness import fingerprint, random_seed
-from pyro_ebm.structure import DoesNotBroadcast, check_data, check_no_subsampling, prototype_trace, untilted
+from pyro_ebm.structure import DoesNotBroadcast
 from pyro_ebm.thresholds import MIN_STARTS
 
 __all__ = ["auto"]
@@ -66,9 +66,6 @@ def auto(
     tried; what is wrong with the model, its guide or its data (:class:`InputError`) is raised at once. Where chains
     stay apart however long they run, as in several modes, SMC's weighted particles are returned.
     """
-    trace = prototype_trace(untilted(model), args, kwargs)
-    check_no_subsampling(trace)
-    check_data(trace)
     call = _Call(model, guide, args, kwargs, target, random_seed(seed, None), began, progress, strict)
     with limited(target.max_seconds, began=began):
         weighted = None

@@ -18,9 +18,8 @@ from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure import (
     BatchedModel,
     Layout,
-    check_data,
     check_drawable,
-    check_no_subsampling,
+    check_posterior,
     drawn_log_prob,
     idle_masks,
     is_observed,
@@ -77,8 +76,7 @@ class ImportanceSampler:
         # The tilt changes no shapes: without it, a bad energy is seen in the weights and not here.
         trace = prototype_trace(base, args, kwargs)
         if not per_datum:
-            check_no_subsampling(trace)
-            check_data(trace)
+            check_posterior(trace)
         self.layout, self.observed = Layout.of(trace), observed_sites(trace)
         self.sites = list(latent_sites(trace))
         if not self.sites and not per_datum:  # log_likelihood of a model without any is exact

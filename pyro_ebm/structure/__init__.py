@@ -12,8 +12,7 @@ from pyro_ebm.structure.proposals import (
     within_support,
 )
 from pyro_ebm.structure.sites import (
-    check_data,
-    check_no_subsampling,
+    check_posterior,
     event_dim_of,
     is_deterministic,
     is_factor,
@@ -56,8 +55,7 @@ __all__ = [
     "TiltedCall",
     "batched_run",
     "candidate_ways",
-    "check_data",
-    "check_no_subsampling",
+    "check_posterior",
     "check_simulates",
     "drawn_log_prob",
     "event_dim_of",

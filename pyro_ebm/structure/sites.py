@@ -25,7 +25,7 @@ from pyro_ebm.randomness import forked_rng
 from pyro_ebm.structure.supports import leaf_of, transform_of
 
 __all__ = [
-    "check_no_subsampling",
+    "check_posterior",
     "event_dim_of",
     "is_bookkeeping",
     "is_deterministic",
@@ -273,12 +273,20 @@ def keep_dims(values: torch.Tensor, keep: tuple[int, ...]) -> torch.Tensor:
     return values.sum(dims) if dims else values
 
 
-def check_no_subsampling(trace: poutine.Trace) -> None:
-    """A posterior needs all data: a plate that sees part of them has another density in each run.
+def check_posterior(trace: poutine.Trace) -> None:
+    """A run must be that of a model with a posterior: on all its data, each of which some latent value explains.
+
+    A plate that sees part of the data has another density in each run. No value explains NaN, nor a number outside a
+    support that is always the same.
 
     Raises:
-        InputError: naming the plate.
+        InputError: naming the plate or the site.
     """
+    _check_no_subsampling(trace)
+    _check_data(trace)
+
+
+def _check_no_subsampling(trace: poutine.Trace) -> None:
     for site in trace.nodes.values():
         for frame in site.get("cond_indep_stack", ()):
             if frame.full_size is not None and int(frame.full_size) != int(frame.size):
@@ -306,12 +314,7 @@ def unvalidated(fn: Any) -> Any:
 _HALF_LINES = (type(constraints.positive), type(constraints.nonnegative))
 
 
-def check_data(trace: poutine.Trace) -> None:
-    """Data that no value of the latent sites can explain: NaN, and numbers outside a support that is always the same.
-
-    Raises:
-        InputError: naming the site.
-    """
+def _check_data(trace: poutine.Trace) -> None:
     for name, site in sample_sites(trace).items():
         if not site["is_observed"] or is_factor(site) or not isinstance(site["value"], torch.Tensor):
             continue

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent
 
 from pyro_ebm.errors import TrainingWarning, warn_user
 from pyro_ebm.modules import evaluation_mode
 from pyro_ebm.randomness import forked_rng
-from pyro_ebm.structure import model_structure
+from pyro_ebm.structure import leaf_of, model_structure
 from pyro_ebm.training.minibatch import Parts, Survey, num_data_of, survey
 from pyro_ebm.training.objective import Objective
 from pyro_ebm.training.sources import Source, is_weighted
@@ -116,10 +115,7 @@ def _coupled(loss: Objective, batch: tuple[Tensor, ...], seen: Survey) -> list[s
 
 def _is_joint(site: dict[str, Any], num: int) -> bool:
     """Whether all rows have one density that is no product."""
-    fn: Distribution = site["fn"]
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return site["type"] == "sample" and num in fn.event_shape
+    return site["type"] == "sample" and num in leaf_of(site["fn"]).event_shape
 
 
 def _ordered(model: Any, batch: tuple[Tensor, ...], drawn: Any, seen: Survey) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pyro_ebm import (
+    MCMC,
     InferenceError,
     InferenceWarning,
     InputError,
@@ -466,6 +467,12 @@ def share_of(y):
 def test_data_without_density_are_named_by_every_method(method, model, y, message):
     with pytest.raises(InputError, match=message):
         sample(model, y, method=method, **QUIET)
+
+
+@pytest.mark.parametrize("model, y", [(mean_of, torch.zeros(4)), (rate_of, torch.tensor([1.0, -1.0, 2.0]))])
+def test_pyros_own_kernels_are_no_way_around(model, y):
+    with pytest.raises(InputError, match="is subsampled|lie outside the support"):
+        MCMC(pyro.infer.NUTS(model), 5, 5, num_chains=1, progress=False).run(y)
 
 
 def test_data_at_which_a_model_may_have_density_pass():

@@ -38,8 +38,6 @@ from pyro_ebm.modules import frozen
 from pyro_ebm.numerics import until_numbers_hold
 from pyro_ebm.randomness import random_stream
 from pyro_ebm.structure import (
-    check_data,
-    check_no_subsampling,
     latent_sites,
     observed_sites,
     prototype_trace,
@@ -199,8 +197,6 @@ class _Run:
         with told, limited(self.max_seconds), random_stream(self.seed), frozen(model), quiet_jit():
             # Validates the user's model, once and without its tilt; Pyro's own runs do not.
             trace = prototype_trace(untilted(model), args, kwargs)
-            check_no_subsampling(trace)
-            check_data(trace)
             model, own = prepared(model, args, kwargs, trace)
             with pyro.validation_enabled(False):
                 _, potential, transforms, _ = until_numbers_hold(

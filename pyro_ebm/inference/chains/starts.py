@@ -11,7 +11,6 @@ from torch import Tensor
 from pyro_ebm.errors import InputError
 from pyro_ebm.inference.chains.arguments import as_params, check_names
 from pyro_ebm.inference.chains.report import listed
-from pyro_ebm.inference.density.gradients import holes_in
 from pyro_ebm.inference.density.log_density import LogDensity
 from pyro_ebm.inference.density.strategy import points_by_strategy
 from pyro_ebm.inference.resampling import apart, tempered
@@ -159,11 +158,8 @@ def _check_finite(density: LogDensity, points: Tensor, rule: str, guide: Callabl
     chains = listed(bad.reshape(len(bad), -1).any(1))
     where = f" (data {listed(bad.any(0))})" if bad.ndim > 1 else ""
     working = _working_rules(density, len(points), rule, guide)
-    holes = [] if density.target is None else holes_in(density.target.observed)
     remedy = (
-        f"the observed site(s) {holes} hold NaN: leave those data out, or mask them"
-        if holes and not working
-        else f"start elsewhere: {' or '.join(working)} works here"
+        f"start elsewhere: {' or '.join(working)} works here"
         if working
         else "no other way to start works either: check the model, its data and its energy"
     )

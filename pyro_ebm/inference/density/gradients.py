@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_ebm.inference.density.log_density import LogDensity
 
-__all__ = ["broken_gradient", "check_gradients", "holes_in", "no_start"]
+__all__ = ["broken_gradient", "check_gradients", "no_start"]
 
 _SHARE = 0.2  # of the points: fewer may lie where numbers overflow, and chains leave them
 
@@ -59,7 +59,7 @@ def no_start(observed: Mapping[str, Tensor]) -> str:
 
 
 def _cause(sites: list[str], observed: Mapping[str, Tensor]) -> str:
-    holes = holes_in(observed)
+    holes = _holes_in(observed)
     if holes:
         return (
             f": the observed site(s) {holes} hold NaN, which a mask hides from the density and not from its "
@@ -75,6 +75,6 @@ def _cause(sites: list[str], observed: Mapping[str, Tensor]) -> str:
     )
 
 
-def holes_in(observed: Mapping[str, Tensor]) -> list[str]:
+def _holes_in(observed: Mapping[str, Tensor]) -> list[str]:
     """The sites whose values hold NaN."""
     return [name for name, value in observed.items() if bool(torch.as_tensor(value).isnan().any())]

@@ -25,9 +25,8 @@ from pyro_ebm.structure import (
     Layout,
     Wrapped,
     candidate_ways,
-    check_data,
     check_drawable,
-    check_no_subsampling,
+    check_posterior,
     drawn_log_prob,
     filled,
     idle_masks,
@@ -89,8 +88,7 @@ class ModelTarget:
         self.sites = [describe(name, site, self.data_dim, transforms or {}) for name, site in sites.items()]
         if not self.sites:
             raise ValueError("the model has no continuous latent sample sites: nothing to sample")
-        check_no_subsampling(trace)
-        check_data(trace)
+        check_posterior(trace)
         self.like = _common([trace.nodes[site.name]["value"] for site in self.sites])
         self.observed = observed_sites(trace)
         self._masks = latent_masks(trace)

@@ -14,6 +14,7 @@ from pyro_ebm.inference.density.model_target import ModelTarget
 from pyro_ebm.inference.density.site import check_support, describe
 from pyro_ebm.structure import (
     DoesNotBroadcast,
+    check_posterior,
     filled,
     is_periodic,
     latent_masks,
@@ -41,8 +42,10 @@ def prepared(
         trace: of one run.
 
     Raises:
-        InputError: a site that has no density, or one whose support moves with the values of others.
+        InputError: a subsampled plate, data that nothing explains, a site that has no density, or one whose support
+            moves with the values of others.
     """
+    check_posterior(trace)
     sites = {name: site for name, site in latent_sites(trace).items() if not site["fn"].support.is_discrete}
     transforms = {name: transform_of(name, site["fn"]).inv for name, site in sites.items()}
     _check_supports(sites, prototype_trace(model, args, kwargs, seed=_ANOTHER))
