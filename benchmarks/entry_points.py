@@ -15,11 +15,10 @@ import functools
 import io
 import json
 import math
-import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,8 @@ from pyro_ebm import (
 )
 from pyro_ebm.chain_statistics import ess_bulk
 from pyro_ebm.structure import latent_sites, prototype_trace
-from tests.zoo.case import Case
+from tests.alarm import alarm
+from tests.zoo.case import Case, kinds, prior_runs
 from tests.zoo.cases import CASES
 
 RESULTS = Path(__file__).parent / "results" / "entry_points.jsonl"
@@ -124,7 +124,7 @@ def attempt(case: Case, entry: str, seed: int) -> tuple[str, str]:
     with warnings.catch_warnings(record=True) as told, contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")
         try:
-            with alarm(SECONDS):
+            with alarm(SECONDS, Late):
                 result = run(case, seed) or "right"
         except Late:
             return "late", f"over {SECONDS} seconds"
@@ -145,20 +145,6 @@ def attempt(case: Case, entry: str, seed: int) -> tuple[str, str]:
     if doubts and result == "right":
         return "right, warned", doubts[0]
     return result, text
-
-
-@contextlib.contextmanager
-def alarm(seconds: int) -> Iterator[None]:
-    def ring(*_: Any) -> None:
-        raise Late
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def is_ours(error: BaseException) -> bool:
@@ -214,12 +200,6 @@ def by_method(case: Case, seed: int, *, method: str) -> str | None:
     options = dict(METHODS[method]) | ({"progress": False} if method != "snis" else {})
     draws = sample(case.model, *case.args, method=method, seed=seed, model_kwargs=case.kwargs, **options)
     return check_draws(case, draws)
-
-
-def kinds(case: Case) -> set[str]:
-    """Whether there are discrete latent sites, continuous ones, or both."""
-    sites = latent_sites(prototype_trace(case.model, case.args, case.kwargs)).values()
-    return {"discrete" if site["fn"].support.is_discrete else "continuous" for site in sites}
 
 
 def first_site(case: Case) -> str | None:
@@ -297,12 +277,8 @@ def by_log_normalizer(case: Case, seed: int) -> str | None:
 
 
 def forward(case: Case, num: int, site: str) -> Tensor:
-    """Values of a site in so many runs of the unconditioned model, one after another."""
-    runs = []
-    with pyro.validation_enabled(False), torch.no_grad():
-        for _ in range(num):
-            runs.append(poutine.trace(case.model).get_trace(*case.args, **case.kwargs).nodes[site]["value"])
-    return torch.stack(runs)
+    """Values of a latent site in so many runs of the model."""
+    return torch.stack([run[site] for run in prior_runs(case, num)])
 
 
 def by_predictive(case: Case, seed: int) -> str | None:
@@ -378,7 +354,7 @@ def by_fit(case: Case, seed: int) -> str | None:
     from pyro.optim import Adam
 
     steps, model = 150, functools.partial(case.model, **case.kwargs)
-    if "discrete" in kinds(case):
+    if kinds(case)[1]:
         return "no answer known"  # no guide to compare
     data = case.args if rows(case) else None
     if data is None:

@@ -10,12 +10,10 @@ import inspect
 import os
 import random
 import re
-import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 import pyro_ebm as pe
+from tests.alarm import alarm
 
 SECONDS = 8
 _FOLDER = Path(tempfile.mkdtemp(prefix="bad-calls-"))
@@ -357,21 +356,6 @@ def calls(goods: Mapping[str, Good]) -> list[Call]:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and parameter.name != "download":
                 found += [Call(name, parameter.name, kind) for kind in BAD]
     return found
-
-
-@contextmanager
-def alarm(seconds: int) -> Iterator[None]:
-    """A TimeoutError for what takes longer."""
-    def ring(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 OWN = (pe.CheckpointError, pe.InferenceError, pe.InfeasibleError)

@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
+
+from pyro_ebm.structure import latent_sites, prototype_trace
 
 Answers = Mapping[str, tuple[Any, Any]]
 PLATE, VMAP, LOOP = ("plate", "vmap", "loop"), ("vmap", "loop"), ("loop",)
@@ -43,6 +47,20 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def kinds(case: Case) -> tuple[int, int]:
+    """How many latent sites are continuous, how many discrete."""
+    trace = prototype_trace(case.model, case.args, case.kwargs)
+    discrete = [site["fn"].support.is_discrete for site in latent_sites(trace).values()]
+    return len(discrete) - sum(discrete), sum(discrete)
+
+
+def prior_runs(case: Case, num: int) -> list[dict[str, Tensor]]:
+    """Latent values of so many runs of the model, one after another, as a user runs it."""
+    with pyro.validation_enabled(False), torch.no_grad():
+        traces = [poutine.trace(case.model).get_trace(*case.args, **case.kwargs) for _ in range(num)]
+    return [{name: site["value"] for name, site in latent_sites(trace).items()} for trace in traces]
 
 
 def registry() -> tuple[list[Case], Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]]:

@@ -11,20 +11,19 @@ from pyro_ebm import Draws, to_arviz
 from pyro_ebm.inference.draws import Source
 from pyro_ebm.inference.pointwise import model_sites
 from pyro_ebm.randomness import forked_rng
-from pyro_ebm.structure import latent_sites
+from tests.zoo.case import prior_runs
 from tests.zoo.cases import cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:Singular sample detected")  # Wishart draws in single precision
 LEAD = (2, 3)
 
 
-def prior_runs(case, num):
-    """Latent values of so many runs, as the user runs the model."""
+def runs_of(case, num):
+    """Latent values of so many runs."""
     if case.name == "improper_uniform":  # cannot be drawn
         return [{"z": torch.tensor(0.1 * index)} for index in range(num)]
-    with forked_rng(0), pyro.validation_enabled(False), torch.no_grad():
-        traces = [poutine.trace(case.model).get_trace(*case.args, **case.kwargs) for _ in range(num)]
-    return [{name: site["value"] for name, site in latent_sites(trace).items()} for trace in traces]
+    with forked_rng(0):
+        return prior_runs(case, num)
 
 
 def alone(case, row):
@@ -34,7 +33,7 @@ def alone(case, row):
 
 @pytest.mark.parametrize("case", cases())
 def test_to_arviz(case):
-    rows = prior_runs(case, 6)
+    rows = runs_of(case, 6)
     values = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     values = {name: value.reshape(*LEAD, *value.shape[1:]) for name, value in values.items()}
     draws = Draws(values, "prior", source=Source(case.model, case.args, case.kwargs))

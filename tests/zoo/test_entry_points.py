@@ -11,20 +11,14 @@ import pytest
 import torch
 
 from pyro_ebm import LinearEnergy, LogDensity, Normalizer, calibrate, importance, predictive, sample, tilt
-from pyro_ebm.structure import DoesNotBroadcast, latent_sites, prototype_trace
+from pyro_ebm.structure import DoesNotBroadcast, prototype_trace
+from tests.zoo.case import kinds
 from tests.zoo.cases import CASES, cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:Singular sample detected")  # Wishart draws in single precision
 BY_NAME = {case.name: case for case in CASES}
 HANDFUL = ["nested_plates", "group_indexing", "matrix_times_vector", "slices", "shape_asserts", "gaussian_process"]
 HANDFUL += ["writes_into_a_buffer", "prints_and_items"]
-
-
-def kinds(case):
-    """How many latent sites are continuous, how many discrete."""
-    trace = prototype_trace(case.model, case.args, case.kwargs)
-    discrete = [site["fn"].support.is_discrete for site in latent_sites(trace).values()]
-    return len(discrete) - sum(discrete), sum(discrete)
 
 
 @pytest.mark.parametrize("case", cases(lambda case: case.has_density and not case.fills_param_store))

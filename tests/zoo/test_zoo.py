@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pyro
 import pytest
 import torch
-from pyro import poutine
 
 from pyro_ebm import importance
 from pyro_ebm.structure import (
@@ -17,6 +15,7 @@ from pyro_ebm.structure import (
     prototype_trace,
     unconditioned,
 )
+from tests.zoo.case import prior_runs
 from tests.zoo.cases import CASES, cases
 
 pytestmark = [
@@ -27,11 +26,10 @@ ROWS = 4
 
 
 def prior_values(case):
-    """Values of the latent sites, a row a run: draws of the model, one after another."""
-    with pyro.validation_enabled(False):
-        runs = [poutine.trace(case.model).get_trace(*case.args, **case.kwargs) for _ in range(ROWS)]
+    """Values of the latent sites, a row a run."""
+    runs = prior_runs(case, ROWS)
     names = latent_sites(prototype_trace(case.model, case.args, case.kwargs))
-    return {name: torch.stack([run.nodes[name]["value"] for run in runs]) for name in names}
+    return {name: torch.stack([run[name] for run in runs]) for name in names}
 
 
 def test_names_are_unique():
